@@ -1,0 +1,26 @@
+"""Architectures: what a file's hyper-parameters mean as a graph. One file an architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from vkllm.config import ModelConfig
+from vkllm.errors import UnsupportedModelError
+from vkllm.models import llama, qwen2
+from vkllm.plan import Graph
+
+ARCHITECTURES: dict[str, Callable[[ModelConfig, Collection[str]], Graph]] = {"llama": llama.graph, "qwen2": qwen2.graph}
+
+
+def build_graph(config: ModelConfig, tensors: Collection[str]) -> Graph:
+    """The graph of a model.
+
+    Args: tensors: the names that the file holds; they decide what is optional (tied head, biases, rope factors).
+    Raises: UnsupportedModelError: an architecture that we do not have.
+    """
+    try:
+        graph = ARCHITECTURES[config.arch]
+    except KeyError:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise UnsupportedModelError(f"architecture {config.arch!r} is not supported", hint=f"supported: {known}") from None
+    return graph(config, tensors)
