@@ -63,7 +63,7 @@ def _info(index: int, d: dict[str, Any]) -> DeviceInfo:
     values = {k: v for k, v in d.items() if k in names}
     values |= {"features": frozenset(d["features"]), "coop_shapes": tuple(d["coop_shapes"])}
     version, pci = d["api_version"], d["pci"]
-    kind = KINDS[d["type"]] if d["type"] < len(KINDS) else "other"
+    kind: DeviceKind = KINDS[d["type"]] if d["type"] < len(KINDS) else "other"
     return DeviceInfo(
         index=index,
         name=d["name"],
@@ -76,24 +76,23 @@ def _info(index: int, d: dict[str, Any]) -> DeviceInfo:
         api_version=(version >> 22 & 0x7F, version >> 12 & 0x3FF, version & 0xFFF),
         uuid=d["uuid"],
         pci_bus="{:04x}:{:02x}:{:02x}.{:x}".format(*pci) if pci else None,
-        memory_bytes=d["memory_bytes"],
-        available_bytes=_limit_to_host(kind, d["available_bytes"]),
+        memory_bytes=_host_memory(kind, d["memory_bytes"], "MemTotal"),
+        available_bytes=_host_memory(kind, d["available_bytes"], "MemAvailable"),
         limits=DeviceLimits(**values),
         queue_family=d["family"],
         cache_uuid=d["cache_uuid"],
     )
 
 
-def _limit_to_host(kind: DeviceKind, nbytes: int) -> int:
-    """A CPU device's heap is all of the machine's memory: count what is free of it."""
+def _host_memory(kind: DeviceKind, nbytes: int, field: str) -> int:
+    """The heap of a CPU device is a nominal figure (lavapipe says 2 GiB and gives what there is): ask the machine instead."""
     if kind != "cpu":
         return nbytes
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
     except (OSError, StopIteration):
         return nbytes
-    return min(nbytes, free)
 
 
 def choose_device(devices: Sequence[DeviceInfo], selector: str | int | None = None) -> DeviceInfo:
@@ -116,9 +115,7 @@ def choose_device(devices: Sequence[DeviceInfo], selector: str | int | None = No
     return min(fits, key=lambda d: PREFERENCE.index(d.kind))
 
 
-def open_device(
-    selector: str | int | None = None, *, cache_dir: Path | None = None, force_unmapped: bool = False
-) -> Device:
+def open_device(selector: str | int | None = None, *, cache_dir: Path | None = None, force_unmapped: bool = False) -> Device:
     """Open a device: the best one, or the one that `selector` or VKLLM_DEVICE names (index or part of the name).
 
     `cache_dir`: where pipelines are kept (default: VKLLM_CACHE_DIR or the user's cache folder).
@@ -199,9 +196,7 @@ class Recording:
         with device._calls(f"recording {name!r}"):
             self._native = device._native.recording(timestamps)
 
-    def dispatch(
-        self, pipeline: Pipeline, bindings: Sequence[Binding], groups: tuple[int, int, int], push: bytes = b""
-    ) -> None:
+    def dispatch(self, pipeline: Pipeline, bindings: Sequence[Binding], groups: tuple[int, int, int], push: bytes = b"") -> None:
         """Run `pipeline` over `groups` workgroups. Raises ValueError when it does not fit the pipeline or the limits."""
         check_dispatch(self._device.limits, pipeline, bindings, groups, push)
         bound = []
@@ -246,7 +241,8 @@ class Recording:
             done = self._native.wait(int(timeout_s * 1e9))
         if not done:
             raise DeviceLostError(
-                f"{self.name or 'the recording'} did not end within {timeout_s:g} s", "the device may hang, or the work is too large"
+                f"{self.name or 'the recording'} did not end within {timeout_s:g} s",
+                "the device may hang, or the work is too large",
             )
 
     def run(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
@@ -294,9 +290,9 @@ class Device:
         Raises: OutOfDeviceMemoryError: it does not fit what is free. DeviceError: larger than one allocation may be.
         """
         size = max(16, (nbytes + 15) // 16 * 16)
-        if size > self.limits.max_buffer_bytes:
+        if size > (most := self.limits.max_buffer_bytes):
             raise DeviceError(
-                f"buffer {name!r} needs {size_text(size)}; {self.info.name} allocates at most {size_text(self.limits.max_buffer_bytes)}",
+                f"buffer {name!r} needs {size_text(size)}; {self.info.name} allocates at most {size_text(most)}",
                 "split the tensor by rows",
             )
         if size > CHECK_BUDGET_BYTES and not host:
@@ -332,9 +328,9 @@ class Device:
         Raises: MissingFeatureError: the device lacks one of `features`, or cannot give the subgroup size.
         """
         key = (spirv, kinds, push_bytes, spec, required_subgroup_size)
+        self._check_pipeline(kernel_name, push_bytes, required_subgroup_size, features)
         with self._lock:
             if key not in self._pipelines:
-                self._check_pipeline(kernel_name, push_bytes, required_subgroup_size, features)
                 with self._calls(f"compiling {kernel_name}"):
                     native = self._native.pipeline(
                         spirv, kinds, push_bytes, [(i, _bits(v)) for i, v in spec], required_subgroup_size or 0
@@ -368,7 +364,8 @@ class Device:
     def memory_budget(self) -> tuple[int, int]:
         """(available, total) bytes of device memory."""
         available, total = self._native.memory_budget()
-        return _limit_to_host(self.info.kind, available), total
+        kind = self.info.kind
+        return _host_memory(kind, available, "MemAvailable"), _host_memory(kind, total, "MemTotal")
 
     def wait_idle(self) -> None:
         """Block, without the GIL, until the device has nothing to do."""
@@ -399,7 +396,7 @@ class Device:
             yield
         except _native.NativeError as e:
             self.lost = e.args[1] == -4
-            raise_typed(e, doing, lambda: self.memory_budget()[0])
+            raise_typed(e, doing, lambda: self.memory_budget()[0] if hasattr(self, "_native") else self.info.available_bytes)
 
 
 class Staging:

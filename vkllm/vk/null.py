@@ -170,9 +170,7 @@ class NullDevice:
         if missing := features - self.limits.features:
             raise MissingFeatureError(f"{kernel_name} needs {', '.join(sorted(missing))}", "choose another device (--device)")
         key = (spirv, kinds, push_bytes, spec, required_subgroup_size)
-        return self._pipelines.setdefault(
-            key, NullPipeline(kernel_name, spirv, kinds, push_bytes, spec, required_subgroup_size)
-        )
+        return self._pipelines.setdefault(key, NullPipeline(kernel_name, spirv, kinds, push_bytes, spec, required_subgroup_size))
 
     def recording(self, name: str = "", timestamps: int = 0) -> NullRecording:
         """An empty recording; also kept in `.recordings`."""

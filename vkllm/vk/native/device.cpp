@@ -154,15 +154,14 @@ Pipeline::release() noexcept
 Device::Device(uint32_t index, uint32_t family, const std::string& cached, bool unmapped)
   : force_unmapped(unmapped)
 {
-    const Guard guard;
-    manager = std::make_shared<kp::Manager>(index, std::vector<uint32_t>{ family });
+    guarded([&] { manager = std::make_shared<kp::Manager>(index, std::vector<uint32_t>{ family }); });
     handle = t_created.device;
     queue = t_created.queue;
-    Guard::check();
     physical = manager->listDevices().at(index);
     vkGetPhysicalDeviceMemoryProperties(physical, &memory);
 
     // The driver rejects foreign cache data by its header; if it fails on damaged data, begin with an empty cache.
+    const Guard guard;
     VkPipelineCacheCreateInfo info{ VK_STRUCTURE_TYPE_PIPELINE_CACHE_CREATE_INFO };
     info.initialDataSize = cached.size();
     info.pInitialData = cached.data();

@@ -67,6 +67,22 @@ struct Guard
     }
 };
 
+/// Runs Kompute's code under a Guard. Where Kompute uses Vulkan-Hpp's throwing interface, vk::SystemError comes on top of what we
+/// have recorded; ours says more.
+template<typename F>
+void
+guarded(F&& f)
+{
+    const Guard guard;
+    try {
+        f();
+    } catch (const vk::SystemError&) {
+        Guard::check();
+        throw;
+    }
+    Guard::check();
+}
+
 /// For tests: the `nth` next call of `name` (1 = the next one) returns `result` without reaching the driver.
 void inject_fault(const std::string& name, int nth, int result);
 /// The result to return in place of the call, or VK_SUCCESS.
@@ -133,7 +149,9 @@ class Dispatch : public vk::DispatchLoaderStatic
     }
     void vkDestroyFence(VkDevice d, VkFence f, const VkAllocationCallbacks* a) const noexcept
     {
-        if (f != VK_NULL_HANDLE)
+        // When vkCreateFence fails, kp::Sequence still holds the fence of its last run, which is gone.
+        const bool stale = t_failure.result != VK_SUCCESS && t_created.fence == VK_NULL_HANDLE;
+        if (f != VK_NULL_HANDLE && !stale)
             Base::vkDestroyFence(d, f, a);
     }
     void vkDestroyCommandPool(VkDevice d, VkCommandPool p, const VkAllocationCallbacks* a) const noexcept

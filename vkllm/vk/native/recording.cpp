@@ -52,19 +52,18 @@ Recording::Recording(std::shared_ptr<Device> device, uint32_t timestamps)
   : m_device(std::move(device))
   , m_query_capacity(timestamps)
 {
-    const Guard guard;
-    m_device->manager->clear(); // forget sequences that are gone
-    m_sequence = m_device->manager->sequence();
-    Guard::check();
-    if (timestamps) {
-        VkQueryPoolCreateInfo info{ VK_STRUCTURE_TYPE_QUERY_POOL_CREATE_INFO };
-        info.queryType = VK_QUERY_TYPE_TIMESTAMP;
-        info.queryCount = timestamps;
-        vkllm::dispatch().vkCreateQueryPool(m_device->handle, &info, nullptr, &m_queries);
-        Guard::check();
-    }
-    m_sequence->begin();
-    Guard::check();
+    guarded([&] {
+        m_device->manager->clear(); // forget sequences that are gone
+        m_sequence = m_device->manager->sequence();
+    });
+    guarded([&] { m_sequence->begin(); });
+    if (timestamps)
+        guarded([&] {
+            VkQueryPoolCreateInfo info{ VK_STRUCTURE_TYPE_QUERY_POOL_CREATE_INFO };
+            info.queryType = VK_QUERY_TYPE_TIMESTAMP;
+            info.queryCount = timestamps;
+            vkllm::dispatch().vkCreateQueryPool(m_device->handle, &info, nullptr, &m_queries); // last: nothing below fails
+        });
     m_sequence->record(op([queries = m_queries, timestamps](VkCommandBuffer c) {
         if (timestamps)
             vkllm::dispatch().vkCmdResetQueryPool(c, queries, 0, timestamps);
@@ -211,11 +210,12 @@ Recording::finish()
 {
     if (m_finished)
         return;
-    const Guard guard;
-    m_sequence->record(op(memory_barrier)); // results to the host
-    m_sequence->end();
-    Guard::check();
-    m_finished = true;
+    m_finished = true; // also when it fails: a command buffer that could not be ended is of no use
+    guarded([&] {
+        m_sequence->record(op(memory_barrier)); // results to the host
+        m_sequence->end();
+    });
+    m_ended = true;
 }
 
 void
@@ -224,14 +224,19 @@ Recording::submit()
     if (running())
         throw std::invalid_argument("the recording is still running; wait for it first");
     finish();
+    if (!m_ended)
+        throw std::invalid_argument("recording failed; record it again");
     const std::lock_guard lock(m_device->queue_mutex);
-    const Guard guard;
-    t_created.fence = VK_NULL_HANDLE;
-    m_sequence->evalAsync();
-    m_fence = t_created.fence;
-    if (t_failure.result != VK_SUCCESS)
-        m_sequence->evalAwait(0); // nothing runs: resets Kompute's state and destroys the fence; vkWaitForFences does nothing now
-    Guard::check();
+    guarded([&] {
+        t_created.fence = VK_NULL_HANDLE;
+        try {
+            m_sequence->evalAsync();
+        } catch (const vk::SystemError&) { // vkCreateFence; t_failure has it
+        }
+        m_fence = t_created.fence;
+        if (t_failure.result != VK_SUCCESS)
+            m_sequence->evalAwait(0); // nothing runs: resets Kompute's state and destroys the fence; vkWaitForFences does nothing
+    });
 }
 
 bool
@@ -239,14 +244,15 @@ Recording::wait(uint64_t timeout_ns)
 {
     if (!running())
         return true;
-    const Guard guard;
-    // kp::Sequence::evalAwait destroys its fence even when it times out, under the driver's feet: wait before it.
-    const VkResult r = vkllm::dispatch().vkWaitForFences(m_device->handle, 1, &m_fence, VK_TRUE, timeout_ns);
-    if (r == VK_TIMEOUT)
-        return false;
-    m_sequence->evalAwait(0);
-    Guard::check();
-    return true;
+    bool done = false;
+    guarded([&] {
+        // kp::Sequence::evalAwait destroys its fence even when it times out, under the driver's feet: wait before it.
+        t_created.fence = m_fence;
+        done = vkllm::dispatch().vkWaitForFences(m_device->handle, 1, &m_fence, VK_TRUE, timeout_ns) != VK_TIMEOUT;
+        if (done)
+            m_sequence->evalAwait(0);
+    });
+    return done;
 }
 
 std::vector<uint64_t>

@@ -48,7 +48,8 @@ class Recording
     const uint32_t m_query_capacity;
     uint32_t m_query_count = 0;
     VkFence m_fence = VK_NULL_HANDLE; // of the submit in flight
-    bool m_finished = false;
+    bool m_finished = false; // no more commands
+    bool m_ended = false;    // and the command buffer may be submitted
     std::set<std::shared_ptr<Buffer>> m_buffers; // kept alive as long as the command buffer may run
     std::set<std::shared_ptr<Pipeline>> m_pipelines;
 };

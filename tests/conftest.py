@@ -1,0 +1,80 @@
+"""Fixtures for every test: devices, shared data, and the Khronos validation layers over the whole run.
+
+Where the validation layer is installed, every test that touches a device runs under it, with synchronization validation, and
+any message fails the test. VKLLM_TEST_VALIDATION=0 turns that off.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vkllm.vk import Device, NullDevice, list_devices, open_device
+
+LAYER = "VK_LAYER_KHRONOS_validation"
+LAYER_DIRS = ("/usr/share/vulkan/explicit_layer.d", "/etc/vulkan/explicit_layer.d", "/usr/local/share/vulkan/explicit_layer.d")
+SETTINGS = """khronos_validation.debug_action = VK_DBG_LAYER_ACTION_LOG_MSG
+khronos_validation.log_filename = {log}
+khronos_validation.report_flags = error,warn,perf
+khronos_validation.enables = VK_VALIDATION_FEATURE_ENABLE_SYNCHRONIZATION_VALIDATION_EXT
+"""
+
+_scratch = tempfile.TemporaryDirectory(prefix="vkllm-tests-")
+_log = Path(_scratch.name, "validation.log")
+
+
+def validation_available() -> bool:
+    """Is the Khronos validation layer installed?"""
+    dirs = [*os.environ.get("VK_LAYER_PATH", "").split(":"), *LAYER_DIRS]
+    return any(Path(d, "VkLayer_khronos_validation.json").exists() for d in dirs if d)
+
+
+def pytest_configure() -> None:
+    """Before any device is opened: a pipeline cache of our own, and the layers."""
+    os.environ.setdefault("VKLLM_CACHE_DIR", str(Path(_scratch.name, "cache")))
+    if os.environ.get("VKLLM_TEST_VALIDATION", "1") != "0" and validation_available():
+        settings = Path(_scratch.name, "vk_layer_settings.txt")
+        settings.write_text(SETTINGS.format(log=_log))
+        os.environ["VK_LAYER_SETTINGS_PATH"] = str(settings)
+        os.environ["VK_INSTANCE_LAYERS"] = LAYER
+
+
+@pytest.fixture(autouse=True)
+def _no_validation_messages() -> Iterator[None]:
+    """Fails the test during which the validation layer said something."""
+    before = _log.stat().st_size if _log.exists() else 0
+    yield
+    if _log.exists() and _log.stat().st_size > before:
+        with _log.open("rb") as f:
+            f.seek(before)
+            message = f.read().replace(b"\0", b"").decode(errors="replace").strip()
+        if message:
+            pytest.fail(f"the Vulkan validation layer reports:\n{message}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def device() -> Iterator[Device]:
+    """A real device: the one that VKLLM_DEVICE names, else the best one. Skips where there is none."""
+    if not list_devices():
+        pytest.skip("no Vulkan device: install mesa-vulkan-drivers")
+    with open_device() as d:
+        yield d
+
+
+@pytest.fixture
+def null_device() -> NullDevice:
+    """A device without Vulkan, with the smallest limits."""
+    return NullDevice()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real models and vocabularies beside the checkout. Skips where it is missing."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("../shared/data is not there")
+    return folder
