@@ -18,7 +18,7 @@ layout(push_constant) uniform P { uint n; };
 void main() { uint i = gl_GlobalInvocationID.x; if (i < n) y[i] = y[i] * 2.0 + 1.0; }
 """
 
-# y[i] = x[i] + 1, with x read-only: the layer reports no write-after-write between storage bindings that a shader both reads and writes.
+# y[i] = x[i] + 1, with x read-only: the layer is silent about write-after-write through the same kind of storage binding.
 INCREMENT = """#version 450
 layout(local_size_x = 8) in;
 layout(binding = 0) readonly buffer X { float x[]; };

@@ -1,0 +1,52 @@
+# make demo · make test · make check · make bench · make shaders: each does all the set-up it needs; a second call is quick.
+
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do command -v $$p >/dev/null && \
+            $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+NATIVE := CMakeLists.txt pyproject.toml $(wildcard vkllm/vk/native/*)
+MODEL ?= tiny
+
+.PHONY: demo test check bench shaders setup clean
+
+demo: .venv/run.stamp
+	$(BIN)/vkllm run tiny -p "Once upon a time" -n 120
+
+test: .venv/test.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/check.stamp
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py
+
+bench: .venv/run.stamp
+	$(BIN)/vkllm bench $(MODEL)
+
+shaders: .venv/run.stamp
+	$(BIN)/vkllm shaders build/shaders
+
+setup: .venv/test.stamp .venv/check.stamp
+
+.venv/bin/python:
+	@sh tools/setup.sh build "$(PYTHON)"
+	$(PYTHON) -m venv .venv
+
+# The package is installed in editable form: a change of Python code needs no set-up, one of C++ or the metadata does.
+.venv/run.stamp: $(NATIVE) | .venv/bin/python
+	@sh tools/setup.sh build "$(PYTHON)"
+	$(PIP) install "scikit-build-core>=0.10" "nanobind>=2.4" "cmake>=3.20" "ninja>=1.11"
+	PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) $(PIP) install --no-build-isolation --editable .
+	@touch $@
+
+.venv/test.stamp: .venv/run.stamp
+	@sh tools/setup.sh test "$(PYTHON)"
+	$(PIP) install "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100"
+	@touch $@
+
+.venv/check.stamp: .venv/test.stamp
+	$(PIP) install "ruff>=0.6" "mypy>=1.11"
+	@touch $@
+
+clean:
+	rm -rf build .venv
