@@ -170,6 +170,7 @@ class RuntimeConfig:
     """How to run a model. `n_ctx` None: what the model was trained for, as far as memory allows.
 
     `prefill_chunk`: prompt tokens in one replayed recording. `block_size`: KV-cache positions in a block.
+    `submit_ms`: longest that one submit should keep the device busy.
     `activations`: "int8" quantizes them before matrix products, "auto" where that is faster.
     """
 
@@ -179,6 +180,7 @@ class RuntimeConfig:
     prefill_chunk: int = 64
     n_seq: int = 1
     block_size: int = 32
+    submit_ms: float = 100.0
     seed: int | None = None
     progress: bool = False
 
@@ -189,6 +191,8 @@ class RuntimeConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} is {value!r}; expected a positive integer", hint=f"leave {name} out for the default")
+        if not self.submit_ms > 0:
+            raise ConfigError(f"submit_ms is {self.submit_ms}; expected more than 0", hint="leave it out for 100")
         if self.block_size % 8:
             raise ConfigError(f"block_size is {self.block_size}; expected a multiple of 8", hint="leave it out for 32")
         if self.seed is not None and self.seed < 0:
