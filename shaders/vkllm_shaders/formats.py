@@ -1,0 +1,577 @@
+"""Weight formats: how ggml's blocks are packed for the kernels, and how a kernel reads them back.
+
+A file's blocks (18, 22, 34, 176, 210 bytes …) cannot be loaded 16 bytes at a time. `pack` rearranges them, once, into texels of
+16 bytes (u32x4) without changing a bit of information; the size grows only by what padding needs.
+
+Words. A row group is `lanes * rows` rows. A *chunk* is 64 weights (256 for K-quants) of the `rows` rows of one lane; it has
+`n_head` texels and `steps` times `n_body` texels; a *step* is 64 weights of each row. The 64 weights of a step belong to 16
+*slots* of four, so that a slot is one texel of x; `Format.texel` tells which (ggml's nibble order is kept).
+
+In the formats of 4, 5 and 6 bits a word holds two rows: 16 bits of row 2i below 16 bits of row 2i + 1. A *quad* is such a word
+with one weight a byte: [row 2i, weight k], [2i, k + 1], [2i + 1, k], [2i + 1, k + 1]. The f32 kernels mask a byte and convert it
+without a shift (its power of two goes into the scale), the int8 kernels multiply two rows at a time.
+
+Layouts:
+- "lane_row" (lavapipe): texel ((group * n_chunk + chunk) * n_texel + j) * lanes + lane. Packed row (group * rows + r) * lanes + lane.
+- "lane_chunk" (GPUs; lanes = 1): a group holds its head texels [n_head, n_chunk], then its body texels [n_body, n_chunk * steps], so that
+  neighbouring invocations, one a step, read neighbouring texels. Packed row group * rows + r.
+
+This module does not know what is multiplied with what; see matmul.py.
+Source of the block structures: ggml's quantization formats as gguf.quants dequantizes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vkllm_codegen import Block, Value, f32, i32, u32
+from vkllm_codegen.errors import KernelError
+
+U16 = NDArray[np.uint16]
+Load = Callable[[int], Value]
+
+STEP = 64  # weights of a row in a step
+SLOTS = 16  # texels of x in a step
+SLAB_BYTES = 1 << 19  # of file data packed at a time: small enough to stay in the cache
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where packed texels lie. `lanes`: rows side by side (the subgroup size for lane_row, 1 for lane_chunk); `rows`: rows a lane."""
+
+    kind: Literal["lane_row", "lane_chunk"] = "lane_row"
+    lanes: int = 8
+    rows: int = 4
+
+    def __post_init__(self) -> None:
+        if self.rows not in (2, 4, 8) or self.lanes < 1 or (self.kind == "lane_chunk" and self.lanes != 1):
+            raise KernelError(f"layout {self}", hint="rows must be 2, 4 or 8; lane_chunk has lanes = 1")
+
+    @property
+    def group_rows(self) -> int:
+        """Rows of a row group."""
+        return self.lanes * self.rows
+
+    def n_group(self, n_row: int) -> int:
+        """Row groups that hold `n_row` rows."""
+        return -(-n_row // self.group_rows)
+
+
+class StepWeights:
+    """The weights of one step in a kernel: raw numbers and what makes them weights.
+
+    weight[r, slot, comp] = scale(r, sub) * (raw(r, slot, comp) * 2**-exponent(r, comp) - zero) - minimum(r, sub),
+    sub = slot * n_sub // 16. Values are made when asked for and kept, so ask in the order of use.
+    """
+
+    def __init__(self, fmt: Format, b: Block, head: Load, body: Load, rows: int, step: Value | int) -> None:
+        self.fmt, self.b, self.rows, self.step = fmt, b, rows, step
+        self._head, self._body = head, body
+        self._kept: dict[Any, Value] = {}
+
+    def keep(self, key: Any, make: Callable[[], Value]) -> Value:
+        """`make()`, once for each key."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def body(self, word: int) -> Value:
+        """Word of the step's texels."""
+        return self.keep(("body", word // 4), lambda: self._body(word // 4))[word % 4]
+
+    def head(self, word: int) -> Value:
+        """Word of the chunk's head texels."""
+        return self.keep(("head", word // 4), lambda: self._head(word // 4))[word % 4]
+
+    def half(self, word: Value, i: int) -> Value:
+        """One of the two f16 in a word, as f32."""
+        return self.b.unpack_half2x16(word)[i]
+
+    def raw(self, r: int, slot: int, comp: int) -> Value:
+        """f32: the stored number times 2**exponent(r, comp)."""
+        return self.fmt.raw(self, r, slot, comp)
+
+    def scale(self, r: int, sub: int) -> Value:
+        return self.keep(("scale", r, sub), lambda: self.fmt.scale(self, r, sub))
+
+    def minimum(self, r: int, sub: int) -> Value | None:
+        if not self.fmt.has_minimum:
+            return None
+        return self.keep(("minimum", r, sub), lambda: self.fmt.minimum(self, r, sub))
+
+    def quad(self, pair: int, slot: int, half: int) -> Value:
+        """u32, a weight a byte, of rows 2 * pair and 2 * pair + 1: weights 2 * half and 2 * half + 1 of a slot."""
+        return self.keep(("quad", pair, slot, half), lambda: self.fmt.quad(self, pair, slot, half))
+
+
+@dataclass(frozen=True)
+class Format:
+    """One ggml type. `block` weights in `block_bytes`; `chunk` weights; `n_sub` scales a step (0: the raw numbers are the weights)."""
+
+    name: str
+    block: int
+    block_bytes: int
+    chunk: int = STEP
+    n_sub: int = 2
+    zero: int = 0
+    bits: int = 0
+    has_minimum: bool = False
+    pairs: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Steps a chunk."""
+        return self.chunk // STEP
+
+    def n_head(self, rows: int) -> int:
+        """Head texels a chunk."""
+        return 0
+
+    def n_body(self, rows: int) -> int:
+        """Texels a step."""
+        raise NotImplementedError
+
+    def n_texel(self, rows: int) -> int:
+        """Texels a lane and chunk."""
+        return self.n_head(rows) + self.steps * self.n_body(rows)
+
+    def n_chunk(self, n_col: int) -> int:
+        """Chunks of a row; the last may be padded with weights that are exactly zero."""
+        return -(-n_col // self.chunk)
+
+    def row_bytes(self, n_col: int) -> int:
+        """Bytes of a row in the file."""
+        if n_col % self.block:
+            raise KernelError(f"{self.name} rows of {n_col} weights", hint=f"expected a multiple of {self.block}")
+        return n_col // self.block * self.block_bytes
+
+    def texel(self, step: Value | int, slot: Value | int) -> Value | int:
+        """Texel of x (four floats), within a chunk, that a slot of a step multiplies."""
+        return step * SLOTS + slot
+
+    def exponent(self, r: int, comp: int) -> int:
+        """Power of two in `raw`."""
+        return 8 * (comp % 2) + 16 * (r % 2) if self.pairs else 0
+
+    def exponents(self) -> tuple[int, ...]:
+        """`exponent` of the four components in an even row."""
+        return tuple(self.exponent(0, comp) for comp in range(4))
+
+    # What a kernel computes; `w` holds the step's texels.
+
+    def raw(self, w: StepWeights, r: int, slot: int, comp: int) -> Value:
+        quad = w.quad(r // 2, slot, comp // 2)
+        mask = ((1 << self.bits) - 1) << self.exponent(r, comp)
+        return (quad & mask).bitcast(i32).to(f32)
+
+    def scale(self, w: StepWeights, r: int, sub: int) -> Value:
+        """Two f16 a row, one for each half of the step."""
+        return w.half(w.body(r), sub)
+
+    def minimum(self, w: StepWeights, r: int, sub: int) -> Value:
+        raise NotImplementedError
+
+    def quad(self, w: StepWeights, pair: int, slot: int, half: int) -> Value:
+        raise NotImplementedError
+
+    # What the packer writes.
+
+    def pack(self, blocks: U16, head: U16, body: U16) -> None:
+        """Fill the texels of some row groups.
+
+        Args: blocks [group, lane, row, chunk, block, u16 of a block]; head [group, chunk, lane, n_head * 8];
+            body [group, chunk, step, lane, n_body * 8].
+        """
+        raise NotImplementedError
+
+
+def nibbles(w: StepWeights, word: int, high: int) -> Value:
+    """The low or the high nibbles of a word, a nibble a byte."""
+    q = w.body(word)
+    return ((q >> 4) if high else q) & 0x0F0F0F0F
+
+
+def fifth_bits(word: Value, index: int) -> Value:
+    """Bit `index` (0 … 7) of each byte, moved to bit 4."""
+    return ((word << (4 - index)) if index < 4 else (word >> (index - 4))) & 0x10101010
+
+
+class _Nibble32(Format):
+    """Q4_0, Q4_1, Q5_0, Q5_1: blocks of 32 with one scale (and minimum). Body: scales, minimums, fifth bits, nibbles."""
+
+    @property
+    def five(self) -> bool:
+        return self.bits == 5
+
+    def _scale_texels(self, rows: int) -> int:
+        return -(-rows // 4)
+
+    def _fifths(self, rows: int) -> int:
+        return self._scale_texels(rows) * (2 if self.has_minimum else 1)
+
+    def _nibbles(self, rows: int) -> int:
+        return self._fifths(rows) + (rows // 2 if self.five else 0)
+
+    def n_body(self, rows: int) -> int:
+        return self._nibbles(rows) + 2 * rows
+
+    def minimum(self, w: StepWeights, r: int, sub: int) -> Value:
+        return -w.half(w.body(4 * self._scale_texels(w.rows) + r), sub)
+
+    def quad(self, w: StepWeights, pair: int, slot: int, half: int) -> Value:
+        block, high, i = slot // 8, slot % 8 // 4, slot % 4 * 2 + half
+        q = nibbles(w, 4 * self._nibbles(w.rows) + (pair * 2 + block) * 8 + i, high)
+        if not self.five:
+            return q
+        return q | fifth_bits(w.body(4 * (self._fifths(w.rows) + pair) + block * 2 + i // 4), i % 4 * 2 + high)
+
+    def pack(self, blocks: U16, head: U16, body: U16) -> None:
+        rows = blocks.shape[2]
+        body = body[:, :, 0]
+        scales = np.moveaxis(blocks[..., : 1 + self.has_minimum], 1, 3)  # [group, row, chunk, lane, block, d or m]
+        scales = np.moveaxis(scales, 1, 3)  # [group, chunk, lane, row, block, …]
+        for i in range(1 + self.has_minimum):
+            at = i * self._scale_texels(rows) * 8
+            body[..., at : at + 2 * rows] = scales[..., i].reshape(*scales.shape[:3], 2 * rows)
+        first = 1 + self.has_minimum
+        if self.five:
+            # bits of qh: [2h + f] bytes for weights 16h + 8f …; see fifth_bits for what the kernel wants.
+            low, high = blocks[..., first], blocks[..., first + 1]
+            even = (low & 0x5555) | ((high & 0x5555) << 1)
+            odd = ((low >> 1) & 0x5555) | (high & 0xAAAA)
+            f0 = (even & 0xFF) | (odd << 8)  # weights 0 … 7 and 16 … 23, even then odd
+            f1 = (even >> 8) | (odd & 0xFF00)
+            fifths = np.stack([f0, f1], axis=-1)  # [group, lane, row, chunk, block, f]
+            self._store(fifths, body[..., self._fifths(rows) * 8 : self._nibbles(rows) * 8])
+            first += 2
+        self._store(blocks[..., first:], body[..., self._nibbles(rows) * 8 :])
+
+    @staticmethod
+    def _store(words: U16, out: U16) -> None:
+        """words [group, lane, row, chunk, block, k] → out [group, chunk, lane, (pair, block, k, row of the pair)]."""
+        g, s, r, c, n, k = words.shape
+        out.reshape(g, c, s, r // 2, n, k, 2)[...] = words.reshape(g, s, r // 2, 2, c, n, k).transpose(0, 4, 1, 2, 5, 6, 3)
+
+
+class _Q8(Format):
+    """Q8_0. Body: scales, then for each row 16 words of four weights, stored plus 128. One row a word."""
+
+    def n_body(self, rows: int) -> int:
+        return -(-rows // 4) + 4 * rows
+
+    def exponent(self, r: int, comp: int) -> int:
+        return (0, 8, 16, 0)[comp]
+
+    def word(self, w: StepWeights, r: int, slot: int) -> Value:
+        """u32: the four weights of a slot plus 128."""
+        return w.body(4 * (-(-w.rows // 4)) + r * 16 + slot)
+
+    def raw(self, w: StepWeights, r: int, slot: int, comp: int) -> Value:
+        q = self.word(w, r, slot)
+        byte = q >> 24 if comp == 3 else q & (0xFF << (8 * comp))
+        return byte.bitcast(i32).to(f32)
+
+    def pack(self, blocks: U16, head: U16, body: U16) -> None:
+        g, s, r, c, n, _ = blocks.shape
+        body = body[:, :, 0]
+        at = -(-r // 4) * 8
+        body[..., : 2 * r] = blocks[..., 0].transpose(0, 3, 1, 2, 4).reshape(g, c, s, 2 * r)
+        weights = blocks[..., 1:].transpose(0, 3, 1, 2, 4, 5)
+        np.bitwise_xor(weights, 0x8080, out=body[..., at:].reshape(g, c, s, r, n, 16))
+
+
+class _KNibble(Format):
+    """Q4_K, Q5_K. Head: for each row d, dmin and the 12 bytes of 6-bit scales. Body: fifth bits, nibbles."""
+
+    def n_head(self, rows: int) -> int:
+        return rows
+
+    def _fifths(self, rows: int) -> int:
+        return rows // 2 if self.bits == 5 else 0
+
+    def n_body(self, rows: int) -> int:
+        return self._fifths(rows) + 2 * rows
+
+    def scale(self, w: StepWeights, r: int, sub: int) -> Value:
+        d = w.keep(("d", r), lambda: w.half(w.head(4 * r), 0))
+        return d * self._six_bits(w, r, sub, 0)
+
+    def minimum(self, w: StepWeights, r: int, sub: int) -> Value:
+        d = w.keep(("dmin", r), lambda: w.half(w.head(4 * r), 1))
+        return d * self._six_bits(w, r, sub, 1)
+
+    def _six_bits(self, w: StepWeights, r: int, sub: int, which: int) -> Value:
+        """The scale (0) or minimum (1) of block 2 * step + sub. ggml keeps four in bytes, and four split between nibbles and top bits."""
+
+        def four() -> Value:
+            plain, split = w.head(4 * r + 1 + which), w.head(4 * r + 3)
+            upper = (((split >> 4) if which else split) & 0x0F0F0F0F) | ((plain >> 2) & 0x30303030)
+            if isinstance(w.step, int):
+                return (plain & 0x3F3F3F3F if w.step < 2 else upper) >> (16 * (w.step % 2))
+            return w.b.select(w.step < 2, plain & 0x3F3F3F3F, upper) >> ((w.step & 1) * 16)
+
+        word = w.keep(("six", r, which), four)
+        return ((word >> (8 * sub)) & 0xFF).bitcast(i32).to(f32)
+
+    def quad(self, w: StepWeights, pair: int, slot: int, half: int) -> Value:
+        high, m = slot // 8, slot % 8 * 2 + half
+        q = nibbles(w, 4 * self._fifths(w.rows) + pair * 16 + m, high)
+        return q | fifth_bits(w.body(4 * pair + m // 4), m % 4 * 2 + high) if self.bits == 5 else q
+
+    def pack(self, blocks: U16, head: U16, body: U16) -> None:
+        g, s, r, c, _, _ = blocks.shape
+        block = blocks[..., 0, :]  # [group, lane, row, chunk, u16]
+        head.reshape(g, c, s, r, 8)[...] = block[..., :8].transpose(0, 3, 1, 2, 4)
+        at = self._fifths(r) * 8
+        if at:
+            self._store(_transpose_fields(block[..., 8:24]), body[..., :at])
+        self._store(block[..., -64:].reshape(g, s, r, c, 4, 16), body[..., at:])
+
+    @staticmethod
+    def _store(words: U16, out: U16) -> None:
+        """words [group, lane, row, chunk, step, k] → out [group, chunk, step, lane, (pair, k, row of the pair)]."""
+        g, s, r, c, n, k = words.shape
+        out.reshape(g, c, n, s, r // 2, k, 2)[...] = words.reshape(g, s, r // 2, 2, c, n, k).transpose(0, 4, 5, 1, 2, 6, 3)
+
+
+def _transpose_fields(qh: U16) -> U16:
+    """Q5_K's fifth bits: byte l holds bit (2 * step + high) of weight l … → [.., step, 4] u16, bytes (even, odd), bits 2 * (word % 4) + high."""
+    *outer, _ = qh.shape
+    byte = np.ascontiguousarray(qh).view(np.uint8).reshape(*outer, 4, 4, 2)  # [.., f, word % 4, even or odd]
+    x = np.ascontiguousarray(np.moveaxis(byte, -2, -1)).view(np.uint32)[..., 0]  # four bytes of four 2-bit fields
+    t = (x ^ (x >> 6)) & 0x00CC00CC  # transpose 2 × 2 blocks of fields …
+    x = x ^ t ^ (t << 6)
+    t = (x ^ (x >> 12)) & 0x0000F0F0  # … and the blocks
+    x = x ^ t ^ (t << 12)
+    fields = np.moveaxis(x[..., None].view(np.uint8), -1, -3)  # [.., step, f, even or odd]
+    return np.ascontiguousarray(fields).view(np.uint16)[..., 0]
+
+
+class _Q6K(Format):
+    """Q6_K. Head: 16 signed scales a row, then d. Body: the upper bits, nibbles. A step is 16 weights of each quarter of a half block."""
+
+    def n_head(self, rows: int) -> int:
+        return rows + -(-rows // 8)
+
+    def n_body(self, rows: int) -> int:
+        return 3 * rows
+
+    def texel(self, step: Value | int, slot: Value | int) -> Value | int:
+        return (step >> 1) * 32 + (step & 1) * 4 + (slot >> 2) * 8 + (slot & 3)
+
+    def scale(self, w: StepWeights, r: int, sub: int) -> Value:
+        d = w.keep(("d", r), lambda: w.half(w.head(4 * w.rows + r // 2), r % 2))
+
+        def four() -> Value:
+            """The word of quarters 0 and 1, or of 2 and 3: byte 2 * (quarter % 2) + (step & 1) counts."""
+            words = [w.head(4 * r + i + sub // 2) for i in (0, 2)]
+            word = words[w.step >> 1] if isinstance(w.step, int) else w.b.select(w.step < 2, words[0], words[1])
+            return word << (8 - (w.step & 1) * 8)
+
+        word = w.keep(("six", r, sub // 2), four)
+        return d * (((word << 16) if sub % 2 == 0 else word).bitcast(i32) >> 24).to(f32)
+
+    def quad(self, w: StepWeights, pair: int, slot: int, half: int) -> Value:
+        quarter, m = slot // 4, slot % 4 * 2 + half
+        upper = w.body(8 * pair + m)
+        upper = upper << (4 - 2 * quarter) if quarter < 2 else upper >> (2 * quarter - 4) if quarter > 2 else upper
+        return nibbles(w, 4 * w.rows + pair * 16 + quarter % 2 * 8 + m, quarter // 2) | (upper & 0x30303030)
+
+    def pack(self, blocks: U16, head: U16, body: U16) -> None:
+        g, s, r, c, _, _ = blocks.shape
+        block = blocks[..., 0, :]
+        head[..., : 8 * r].reshape(g, c, s, r, 8)[...] = block[..., 96:104].transpose(0, 3, 1, 2, 4)
+        head[..., 8 * r : 9 * r] = block[..., 104].transpose(0, 3, 1, 2)
+        low = block[..., :64].reshape(g, s, r, c, 2, 2, 2, 8).swapaxes(5, 6)  # [.., half block, step, quarter % 2, 8]
+        _KNibble._store(block[..., 64:96].reshape(g, s, r, c, 4, 8), body[..., : 8 * r])
+        _KNibble._store(low.reshape(g, s, r, c, 4, 16), body[..., 8 * r :])
+
+
+class _Float(Format):
+    """F32, F16, BF16: rows of words, nothing else."""
+
+    @property
+    def words(self) -> int:
+        """Words of a row in a step."""
+        return STEP * self.block_bytes // 4
+
+    def n_body(self, rows: int) -> int:
+        return rows * self.words // 4
+
+    def raw(self, w: StepWeights, r: int, slot: int, comp: int) -> Value:
+        first = r * self.words
+        if self.name == "F32":
+            return w.body(first + slot * 4 + comp).bitcast(f32)
+        word = w.body(first + slot * 2 + comp // 2)
+        if self.name == "BF16":
+            return (word & 0xFFFF0000 if comp % 2 else word << 16).bitcast(f32)
+        return w.keep(("f16", r, slot, comp // 2), lambda: w.b.unpack_half2x16(word))[comp % 2]
+
+    def pack(self, blocks: U16, head: U16, body: U16) -> None:
+        g, s, r, c, n, k = blocks.shape
+        body.reshape(g, c, s, r, n * k)[...] = blocks.reshape(g, s, r, c, n * k).transpose(0, 3, 1, 2, 4)
+
+
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        _Float("F32", 1, 4, n_sub=0),
+        _Float("F16", 1, 2, n_sub=0),
+        _Float("BF16", 1, 2, n_sub=0),
+        _Nibble32("Q4_0", 32, 18, zero=8, bits=4, pairs=True),
+        _Nibble32("Q4_1", 32, 20, bits=4, has_minimum=True, pairs=True),
+        _Nibble32("Q5_0", 32, 22, zero=16, bits=5, pairs=True),
+        _Nibble32("Q5_1", 32, 24, bits=5, has_minimum=True, pairs=True),
+        _Q8("Q8_0", 32, 34, zero=128, bits=8),
+        _KNibble("Q4_K", 256, 144, chunk=256, bits=4, has_minimum=True, pairs=True),
+        _KNibble("Q5_K", 256, 176, chunk=256, bits=5, has_minimum=True, pairs=True),
+        _Q6K("Q6_K", 256, 210, chunk=256, n_sub=4, zero=32, bits=6, pairs=True),
+    )
+}
+
+
+def format_of(fmt: str | Format) -> Format:
+    """The format of a ggml type. Raises: KernelError: one that has no kernels."""
+    if isinstance(fmt, Format):
+        return fmt
+    if fmt not in FORMATS:
+        raise KernelError(f"there are no kernels for {fmt}", hint=f"expected one of {', '.join(FORMATS)}")
+    return FORMATS[fmt]
+
+
+def packed_shape(fmt: str | Format, n_row: int, n_col: int, layout: Layout) -> tuple[int, int, int]:
+    """Shape of a packed matrix in texels: (row groups, texels a lane, lanes)."""
+    f = format_of(fmt)
+    return layout.n_group(n_row), f.n_chunk(n_col) * f.n_texel(layout.rows), layout.lanes
+
+
+def packed_nbytes(fmt: str | Format, n_row: int, n_col: int, layout: Layout) -> int:
+    """Bytes of a packed matrix. `n_row`: its packed rows, or the length of its row order."""
+    return 16 * int(np.prod(packed_shape(fmt, n_row, n_col, layout)))
+
+
+def pack(
+    fmt: str | Format,
+    blocks: NDArray[np.uint8] | Sequence[NDArray[np.uint8]],
+    n_col: int,
+    layout: Layout,
+    out: NDArray[np.uint8],
+    row_order: NDArray[np.integer[Any]] | None = None,
+    threads: int = 2,
+) -> None:
+    """Pack a matrix, a slab of row groups at a time; no second copy of it is made.
+
+    Args: blocks: u8 [n_row, row_bytes] as in the file, or several such parts, one below the other; n_col: weights a row;
+        out: u8 [packed_nbytes], e.g. mapped device memory, written in order; row_order: source row of each packed row, -1 for a row
+        of zeros (default: as they are); threads: workers (numpy releases the GIL while it copies).
+    Raises: KernelError: sizes that do not fit.
+    """
+    f = format_of(fmt)
+    parts = [blocks] if isinstance(blocks, np.ndarray) else list(blocks)
+    n_row = sum(len(part) for part in parts)
+    order = np.arange(n_row) if row_order is None else np.asarray(row_order)
+    groups, n_texel, _ = packed_shape(f, len(order), n_col, layout)
+    need = packed_nbytes(f, len(order), n_col, layout)
+    if any(part.shape[1] != f.row_bytes(n_col) for part in parts) or out.nbytes < need or out.dtype != np.uint8:
+        raise KernelError(
+            f"packing {f.name} rows of {n_col} weights: {[p.shape for p in parts]} into {out.nbytes} bytes",
+            hint=f"expected rows of {f.row_bytes(n_col)} bytes, and {need} bytes of uint8 to write to",
+        )
+    order = np.concatenate([order, np.full(groups * layout.group_rows - len(order), -1, order.dtype)])
+    slab_groups = max(1, SLAB_BYTES // max(1, layout.group_rows * f.row_bytes(n_col)))
+    slab_bytes = 16 * n_texel * layout.lanes
+
+    def work(first: int) -> None:
+        last = min(first + slab_groups, groups)
+        rows = _gather(parts, order[first * layout.group_rows : last * layout.group_rows], f, n_col)
+        texels = _pack_slab(f, rows, n_col, layout)
+        out[first * slab_bytes : last * slab_bytes] = texels.reshape(-1).view(np.uint8)
+
+    slabs = range(0, groups, slab_groups)
+    if threads > 1 and len(slabs) > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, slabs))
+    else:
+        for first in slabs:
+            work(first)
+
+
+def _gather(parts: Sequence[NDArray[np.uint8]], order: NDArray[np.integer[Any]], f: Format, n_col: int) -> U16:
+    """Rows of the file in packed order, zero-padded to whole chunks: u16 [rows, chunks, blocks a chunk, words of a block]."""
+    used, n_chunk = f.row_bytes(n_col), f.n_chunk(n_col)
+    rows = np.zeros((len(order), n_chunk * (f.chunk // f.block) * f.block_bytes), np.uint8)
+    start = 0
+    for part in parts:
+        mine = (order >= start) & (order < start + len(part))
+        if mine.all():
+            rows[:, :used] = part[order - start]
+        elif mine.any():
+            rows[mine, :used] = part[order[mine] - start]
+        start += len(part)
+    return rows.view(np.uint16).reshape(len(order), n_chunk, f.chunk // f.block, f.block_bytes // 2)
+
+
+def _pack_slab(f: Format, rows: U16, n_col: int, layout: Layout) -> U16:
+    """The texels of some whole row groups, as u16."""
+    s, r, c = layout.lanes, layout.rows, f.n_chunk(n_col)
+    g, nh, nb = len(rows) // layout.group_rows, f.n_head(r), f.n_body(r)
+    blocks = rows.reshape(g, r, s, *rows.shape[1:]).swapaxes(1, 2)
+    head = np.zeros((g, c, s, nh * 8), np.uint16)
+    body = np.zeros((g, c, f.steps, s, nb * 8), np.uint16)
+    f.pack(blocks, head, body)
+    if layout.kind == "lane_row":
+        out = np.empty((g, c, nh + f.steps * nb, s, 8), np.uint16)
+        out[:, :, :nh] = head.reshape(g, c, s, nh, 8).swapaxes(2, 3)
+        out[:, :, nh:].reshape(g, c, f.steps, nb, s, 8)[...] = body.reshape(g, c, f.steps, s, nb, 8).swapaxes(3, 4)
+        return out
+    out = np.empty((g, c * (nh + f.steps * nb), 8), np.uint16)
+    out[:, : nh * c].reshape(g, nh, c, 8)[...] = head.reshape(g, c, nh, 8).swapaxes(1, 2)
+    out[:, nh * c :].reshape(g, nb, c * f.steps, 8)[...] = body.reshape(g, c * f.steps, nb, 8).swapaxes(1, 2)
+    return out
+
+
+def row_order(
+    epilogue: str,
+    layout: Layout,
+    n_rows: Sequence[int],
+    head_dim: int = 0,
+    rope_pairing: str = "interleaved",
+) -> NDArray[np.int64]:
+    """The source row of each packed row, over the rows of the parts one below the other; -1 is padding. A whole number of row groups.
+
+    "store", "residual": as they are. "swiglu": parts (gate, up); a lane's rows are (gate i, up i) pairs.
+    "qkv": parts q, k, v or some of them, heads of `head_dim` rows; a lane's rows are RoPE pairs: rows (2i, 2i + 1) of a head
+    where rope_pairing is "interleaved", rows (i, i + head_dim / 2) where it is "half".
+    """
+    n_row = sum(n_rows)
+    if epilogue in ("store", "residual"):
+        return _padded(np.arange(n_row), layout.group_rows)
+    if epilogue == "swiglu":
+        if len(n_rows) != 2 or n_rows[0] != n_rows[1]:
+            raise KernelError(f"swiglu of parts with {list(n_rows)} rows", hint="expected gate and up of one size")
+        pairs = np.stack([np.arange(n_rows[0]), np.arange(n_rows[0]) + n_rows[0]])
+    else:
+        if head_dim < 2 or head_dim % 2 or any(n % head_dim for n in n_rows):
+            raise KernelError(f"qkv of parts with {list(n_rows)} rows", hint=f"expected multiples of head_dim ({head_dim}), which is even")
+        i = np.arange(n_row // 2)
+        head, j = i // (head_dim // 2) * head_dim, i % (head_dim // 2)
+        first = head + (2 * j if rope_pairing == "interleaved" else j)
+        pairs = np.stack([first, first + (1 if rope_pairing == "interleaved" else head_dim // 2)])
+    s, p = layout.lanes, layout.rows // 2
+    columns = np.stack([_padded(part, s * p) for part in pairs])  # pair index (group * p + j) * s + lane
+    return np.ascontiguousarray(columns.reshape(2, -1, p, s).transpose(1, 2, 0, 3)).reshape(-1)
+
+
+def _padded(order: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
+    return np.concatenate([order, np.full(-len(order) % multiple, -1, np.int64)])
+
+
+def pack_vector(values: NDArray[np.float32], order: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+    """A vector over the parts' rows (a bias) in packed order, zero where there is no row."""
+    return np.where(order >= 0, values[np.maximum(order, 0)], np.float32(0.0)).astype(np.float32)
