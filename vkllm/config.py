@@ -171,7 +171,8 @@ class RuntimeConfig:
 
     `prefill_chunk`: prompt tokens in one replayed recording. `block_size`: KV-cache positions in a block.
     `submit_ms`: longest that one submit should keep the device busy.
-    `activations`: "int8" quantizes them before matrix products, "auto" where that is faster.
+    `activations`: "int8" quantizes them before matrix products, "auto" where that is faster. `submit_ms`: about how long one
+    submit may run: drivers kill work that takes seconds, and pacing acts between submits.
     """
 
     device: str | int | None = None
@@ -181,7 +182,7 @@ class RuntimeConfig:
     n_seq: int = 1
     block_size: int = 32
     submit_ms: float = 100.0
-    seed: int | None = None
+    submit_ms: float = 200.0
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -195,5 +196,5 @@ class RuntimeConfig:
             raise ConfigError(f"submit_ms is {self.submit_ms}; expected more than 0", hint="leave it out for 100")
         if self.block_size % 8:
             raise ConfigError(f"block_size is {self.block_size}; expected a multiple of 8", hint="leave it out for 32")
-        if self.seed is not None and self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; expected 0 or more", hint="leave it out for a random one")
+        if not self.submit_ms > 0:
+            raise ConfigError(f"submit_ms is {self.submit_ms!r}; expected a positive number", hint="leave it out for 200")

@@ -1,0 +1,100 @@
+"""`vkllm bench`: prefill and decode speed, load time, time to the first token and memory of one model on one device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from vkllm.config import RuntimeConfig
+from vkllm.engine import LLMEngine
+from vkllm.sampler import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """Medians over the runs. Rates in tokens per second; `busy` is the share of CPU time that other processes took."""
+
+    model: str
+    device: str
+    driver: str
+    activations: str
+    n_prompt: int
+    n_generate: int
+    repeat: int
+    pp_tok_s: float
+    tg_tok_s: float
+    tg_gb_s: float
+    load_s: float
+    ttft_s: float
+    rss_bytes: int
+    file_bytes: int
+    dispatches_per_token: int
+    dispatches_per_layer: float
+    busy: float
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def cpu_ticks() -> tuple[float, float]:
+    """(busy seconds of the whole machine, of this process) since some fixed time."""
+    fields = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    busy = sum(fields) - fields[3] - fields[4]
+    return busy / 100.0, time.process_time()
+
+
+def benchmark(model: str, runtime: RuntimeConfig, n_prompt: int, n_generate: int, repeat: int) -> BenchReport:
+    """Load `model`, then time `repeat` prefills of `n_prompt` random tokens and `repeat` runs of `n_generate` decode steps.
+
+    `ttft_s` is the time from the call that loads the model to the first token of a one-token prompt.
+    """
+    started = time.perf_counter()
+    need = max(n_prompt, n_generate + 1) + 1
+    if runtime.n_ctx is None:
+        runtime = replace(runtime, n_ctx=max(need, 512))
+    with LLMEngine.init_model(model, runtime) as engine:
+        rng = np.random.default_rng(1)
+        prompt = [int(i) for i in rng.integers(0, engine.config.n_vocab, max(n_prompt, 1))]
+        greedy = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+        engine.generate_result(prompt[:1], greedy)
+        ttft_s = time.perf_counter() - started
+        wall, (busy0, own0) = time.perf_counter(), cpu_ticks()
+        pp = [_prefill_rate(engine, prompt, greedy) for _ in range(repeat + 1)][1:] if n_prompt else [0.0]
+        decode = SamplingParams(temperature=0.0, max_tokens=n_generate + 1, ignore_eos=True)
+        tg = [engine.generate_result(prompt[:1], decode).timings.decode_tok_s for _ in range(repeat)] if n_generate else [0.0]
+        wall, (busy1, own1) = time.perf_counter() - wall, cpu_ticks()
+        tg_tok_s = statistics.median(tg)
+        return BenchReport(
+            model=engine.config.name or model,
+            device=engine.device.info.name,
+            driver=engine.device.info.driver_info,
+            activations=engine.chain.activations,
+            n_prompt=n_prompt,
+            n_generate=n_generate,
+            repeat=repeat,
+            pp_tok_s=statistics.median(pp),
+            tg_tok_s=tg_tok_s,
+            tg_gb_s=tg_tok_s * engine.chain.bytes_per_token / 1e9,
+            load_s=engine.load_s,
+            ttft_s=ttft_s,
+            rss_bytes=rss_bytes(),
+            file_bytes=engine.file.path.stat().st_size,
+            dispatches_per_token=engine.chain.dispatches_per_token,
+            dispatches_per_layer=engine.chain.dispatches_per_layer,
+            busy=max(0.0, (busy1 - busy0) - (own1 - own0)) / wall,
+        )
+
+
+def _prefill_rate(engine: LLMEngine, prompt: list[int], greedy: SamplingParams) -> float:
+    """Tokens per second of one prefill from an empty cache."""
+    engine.forget()
+    return engine.generate_result(prompt, greedy).timings.prompt_tok_s

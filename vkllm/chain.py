@@ -1,0 +1,261 @@
+"""The chain: a graph as recorded command buffers, replayed for every step.
+
+For each number of rows (1 for decode, a few buckets for prefill) the dispatches are recorded once, with barriers only where two
+conflict, and cut so that no submit runs long. What changes from step to step (token ids, positions, cache slots, lengths, block
+tables) lies in a small parameter buffer that the host rewrites before each replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vkllm.config import RuntimeConfig
+from vkllm.errors import ConfigError, NonFiniteError, OutOfDeviceMemoryError
+from vkllm.files.gguf import GGUFFile
+from vkllm.kernels import Lowering, texel_format
+from vkllm.kv_cache import BlockTable
+from vkllm.packing import load_weights
+from vkllm.plan import Graph
+from vkllm.rope import rope_table
+from vkllm.schedule import Barrier, Dispatch, Step, cut, order
+from vkllm.vk import Binding, Buffer, Device, Pipeline, Recording
+from vkllm.weights import check_weights, vector, vector_lengths, weight_bytes
+
+Outputs = Literal["none", "last", "all"]
+Watch = Callable[[str, NDArray[np.float32]], None]
+
+NO_SLOT = 0xFFFFFFFF  # a padding row: it writes no cache and reads none
+DEFAULT_N_CTX = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """One step's rows: each is a token with its position, cache slot and the length of its sequence so far (itself included).
+
+    All arrays are u32 [n_row]. `output_rows` [n_output] lists the rows whose logits are wanted.
+    """
+
+    token_ids: NDArray[np.uint32]
+    positions: NDArray[np.uint32]
+    slots: NDArray[np.uint32]
+    lengths: NDArray[np.uint32]
+    blocks: NDArray[np.uint32]
+    output_rows: NDArray[np.uint32]
+
+    @classmethod
+    def of_sequence(cls, token_ids: Sequence[int], start: int, table: BlockTable, outputs: Outputs) -> Rows:
+        """Consecutive tokens of one sequence, the first at position `start`; `table` must cover the last one."""
+        n = len(token_ids)
+        positions = np.arange(start, start + n, dtype=np.uint32)
+        blocks = np.asarray(table.blocks, np.uint32)
+        slots = blocks[positions // table.block_size] * np.uint32(table.block_size) + positions % table.block_size
+        wanted = {"none": 0, "last": 1, "all": n}[outputs]
+        return cls(np.asarray(token_ids, np.uint32), positions, slots.astype(np.uint32), positions + 1, blocks, np.arange(n - wanted, n, dtype=np.uint32))
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The greedy token of each output row, u32 [n_output], and the logits behind it, f32 [n_output, n_vocab] (valid until the next step)."""
+
+    tokens: NDArray[np.uint32]
+    logits: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The command buffers of one bucket, with its parameter buffer. `ops` names the last op of each."""
+
+    capacity: int
+    params: Buffer
+    recordings: tuple[Recording, ...]
+    ops: tuple[str, ...]
+    steps: tuple[Step, ...]
+
+
+class ModelChain:
+    """A model on a device: weights, cache, activations and the recorded chains of every bucket."""
+
+    def __init__(self, device: Device, graph: Graph, file: GGUFFile, runtime: RuntimeConfig) -> None:
+        check_weights(graph, file)
+        self.device, self.graph, self.runtime = device, graph, runtime
+        config = graph.config
+        self.n_ctx = _context_length(config.n_ctx, runtime.n_ctx)
+        self.n_block = runtime.n_seq * -(-self.n_ctx // runtime.block_size)
+        self._lower = Lowering(graph, file, device.info, runtime, self.n_ctx, self.n_block)
+        self.capacity = self._lower.capacity
+        self.activations = self._lower.activations
+        self.bytes_per_token = sum(weight_bytes(file, part) for part in graph.parts() if part.weight != "token_embd.weight")
+        self._check_memory()
+        self._buffers: dict[str, Buffer] = {}
+        self._pipelines: dict[str, Pipeline] = {}
+        self._recorded: dict[tuple[int, int, bool], Recorded] = {}
+        for name, nbytes in self._lower.buffer_bytes().items():
+            self._buffers[name] = self._zeroed(name, nbytes)
+        self._load(file)
+
+    def close(self) -> None:
+        """Free all device memory of the model."""
+        self._recorded.clear()
+        for buffer in self._buffers.values():
+            buffer.free()
+        self._buffers.clear()
+
+    @property
+    def dispatches_per_token(self) -> int:
+        """Dispatches of one decode step."""
+        return sum(isinstance(step, Dispatch) for step in self._record(1, 1, watched=False).steps)
+
+    @property
+    def dispatches_per_layer(self) -> float:
+        """Of those, how many belong to a layer, on average."""
+        steps = self._record(1, 1, watched=False).steps
+        return sum(isinstance(s, Dispatch) and s.op.startswith("blk.") for s in steps) / self.graph.config.n_layer
+
+    def forward(self, rows: Rows, watch: Watch | None = None) -> Output:
+        """Run one step. `watch(op name, output f32 [n_row, n_col])` sees each op's output; it costs a submit an op.
+
+        Raises: NonFiniteError: NaN or infinity in the result, naming the first op that made one; DeviceLostError.
+        """
+        output = self._replay(rows, watch)
+        if watch is None and not self._finite(rows, output):
+            self._name_non_finite(rows)
+        return output
+
+    def _replay(self, rows: Rows, watch: Watch | None) -> Output:
+        n_row, n_out = len(rows.token_ids), len(rows.output_rows)
+        capacity = self._bucket(n_row)
+        recorded = self._record(capacity, min(self._bucket(n_out), capacity) if n_out else 0, watched=watch is not None)
+        self._write_params(recorded, rows)
+        for recording, op in zip(recorded.recordings, recorded.ops, strict=True):
+            recording.run()
+            if watch is not None and (name := self._lower.output_of(op)) is not None:
+                watch(op, self._rows_of(name, n_out if self.graph.buffers[name].per_output else n_row))
+        if not n_out:
+            return Output(np.empty(0, np.uint32), np.empty((0, self.graph.config.n_vocab), np.float32))
+        greedy = self._buffers["argmax"].read(n_out * 16, dtype=np.uint32).reshape(n_out, 4)
+        return Output(greedy[:, 0].copy(), self._rows_of(self.graph.logits, n_out))
+
+    def _rows_of(self, name: str, n_row: int) -> NDArray[np.float32]:
+        """The first rows of a row buffer, without the padding of its columns."""
+        stride = self._lower.stride(name)
+        flat = self._buffers[name].read(n_row * stride * 4, dtype=np.float32)
+        return flat.reshape(n_row, stride)[:, : self.graph.buffers[name].n_col]
+
+    def _finite(self, rows: Rows, output: Output) -> bool:
+        """Is the result free of NaN and infinity? The device counts them in the logits; without logits we look at the residual."""
+        n_out = len(rows.output_rows)
+        if n_out:
+            return not self._buffers["argmax"].read(n_out * 16, dtype=np.uint32).reshape(n_out, 4)[:, 2].any()
+        return bool(np.isfinite(self._rows_of(self.graph.residual, len(rows.token_ids))).all())
+
+    def _name_non_finite(self, rows: Rows) -> None:
+        """Run the step again, op by op (it writes the same cache entries), and name the first op with a non-finite output."""
+        found: list[str] = []
+
+        def look(op: str, y: NDArray[np.float32]) -> None:
+            if not found and not np.isfinite(y).all():
+                found.append(op)
+
+        self._replay(rows, look)
+        op = found[0] if found else self.graph.logits
+        raise NonFiniteError(f"{op} produced NaN or infinity", hint="run `vkllm diff` on this prompt: a damaged file, or a kernel that overflows", layer=op)
+
+    def _bucket(self, n: int) -> int:
+        """The smallest recording that holds n rows: 1, 2, 4, 8, 16, … up to the capacity."""
+        return min(1 << (n - 1).bit_length(), self.capacity) if n else 0
+
+    def _write_params(self, recorded: Recorded, rows: Rows) -> None:
+        t, n = recorded.capacity, len(rows.token_ids)
+        params = np.zeros((6, t), np.uint32)
+        params[2] = NO_SLOT
+        for field, values in enumerate((rows.token_ids, rows.positions, rows.slots, rows.lengths)):
+            params[field, :n] = values
+        params[5, : len(rows.output_rows)] = rows.output_rows
+        recorded.params.write(params.reshape(-1))
+        self._buffers["block_table"].write(rows.blocks)
+
+    def _record(self, capacity: int, n_out: int, watched: bool) -> Recorded:
+        """The recording of a bucket; made at its first use. `watched`: cut after every op."""
+        key = (capacity, n_out, watched)
+        if key not in self._recorded:
+            self._recorded[key] = self._make_recording(capacity, n_out, watched)
+        return self._recorded[key]
+
+    def _make_recording(self, capacity: int, n_out: int, watched: bool) -> Recorded:
+        params = self._zeroed("params", 6 * capacity * 4)
+        dispatches = [d for op in self.graph.ops for d in self._lower.dispatches(op, capacity, n_out)]
+        if watched:
+            names = list(dict.fromkeys(d.op for d in dispatches))
+            runs = [order(d for d in dispatches if d.op == name) for name in names]
+        else:
+            runs = cut(order(dispatches), self.runtime.submit_ms * 1000.0)
+        recordings = tuple(self._record_run(run, params) for run in runs)
+        ops = tuple(next(step.op for step in reversed(run) if isinstance(step, Dispatch)) for run in runs)
+        return Recorded(capacity, params, recordings, ops, tuple(step for run in runs for step in run))
+
+    def _record_run(self, run: Sequence[Step], params: Buffer) -> Recording:
+        recording = self.device.recording()
+        for step in run:
+            if isinstance(step, Barrier):
+                recording.barrier()
+                continue
+            bindings = [
+                Binding(params if name == "params" else self._buffers[name], format=texel_format(b))
+                for name, b in zip(step.buffers, step.kernel.bindings, strict=True)
+            ]
+            recording.dispatch(self._pipeline(step), bindings, step.groups, step.push)
+        recording.finish()
+        return recording
+
+    def _pipeline(self, step: Dispatch) -> Pipeline:
+        kernel = step.kernel
+        kinds = tuple(b.kind for b in kernel.bindings)
+        return self.device.pipeline(kernel.name, kernel.spirv(), kinds, kernel.push_bytes)
+
+    def _zeroed(self, name: str, nbytes: int) -> Buffer:
+        """A buffer of zeros: padding columns are read, so they must not hold NaN."""
+        host = name in ("params", "block_table", "argmax", self.graph.logits, self.graph.residual)
+        buffer = self.device.buffer(nbytes, host=host, name=name)
+        buffer.write(np.zeros(nbytes, np.uint8))
+        return buffer
+
+    def _check_memory(self) -> None:
+        """Refuse before loading what cannot fit.
+
+        Raises: OutOfDeviceMemoryError.
+        """
+        needed = sum(m.nbytes for m in self._lower.matrices) + sum(self._lower.buffer_bytes().values())
+        available, _ = self.device.memory_budget()
+        if needed > available:
+            raise OutOfDeviceMemoryError(
+                f"the model needs {needed / 2**30:.2f} GiB on {self.device.info.name}; {available / 2**30:.2f} GiB are free",
+                hint="lower --n-ctx, use a smaller quantization, or another --device",
+                needed=needed,
+                available=available,
+            )
+
+    def _load(self, file: GGUFFile) -> None:
+        """Weights, vectors and the RoPE table, from the file to the device."""
+        self._buffers |= load_weights(self.device, file, self._lower.matrices, progress=self.runtime.progress)
+        for name, values in self._lower.vector_values({n: vector(file, n) for n in vector_lengths(self.graph)}).items():
+            self._buffers[name] = self._zeroed(name, -(-values.nbytes // 256) * 256)
+            self._buffers[name].write(values)
+        factors = vector(file, self.graph.rope_factors) if self.graph.rope_factors else None
+        self._buffers["rope"].write(rope_table(self.graph.config, self.n_ctx, factors).reshape(-1))
+
+
+def _context_length(trained: int, wanted: int | None) -> int:
+    """The positions to hold: what the user asks for, else what the model was trained on, but no more than a default.
+
+    Raises: ConfigError: more than the model knows.
+    """
+    if wanted is None:
+        return min(trained, DEFAULT_N_CTX)
+    if not 1 <= wanted <= trained:
+        raise ConfigError(f"n_ctx is {wanted}; this model was trained on {trained} positions", hint=f"choose 1 … {trained}")
+    return wanted

@@ -1,0 +1,204 @@
+"""From an op to dispatches: which kernels, on which buffers, over which grid, for this device's schedule.
+
+Two schedules from the same kernel definitions: "lane_row" (CPU-type devices: one subgroup a workgroup, texel streams, a lane owns
+rows) and "lane_chunk" (GPUs: a subgroup shares a row group and adds up at the end). Kernels say by name what they bind and
+push; this module knows what those names mean for each op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vkllm.config import RuntimeConfig
+from vkllm.errors import UnsupportedQuantError
+from vkllm.files.gguf import GGUFFile
+from vkllm.packing import Matrix
+from vkllm.plan import Argmax, Attention, Embed, Graph, Linear, Op, Part, Qkv
+from vkllm.schedule import Dispatch
+from vkllm.vk import DeviceInfo
+from vkllm.vk.types import Format as TexelFormat
+from vkllm_codegen import Binding as KernelBinding
+from vkllm_codegen import Kernel, f32, f32x4, u32, u32x4
+from vkllm_shaders.attention import AttentionSpec, direct
+from vkllm_shaders.embed import embed
+from vkllm_shaders.formats import Layout, row_order
+from vkllm_shaders.matmul import MatmulSpec, matmul
+from vkllm_shaders.sample import SampleSpec, argmax, top_k
+
+ROW_ALIGN = 64  # floats: rows of activations are padded to whole steps of the matrix kernels
+TEXEL_FORMATS: dict[object, TexelFormat] = {u32: "r32ui", f32: "r32f", u32x4: "rgba32ui", f32x4: "rgba32f"}
+
+# Rough throughput by kind of device, only for bounding submits: (bytes a µs, multiply-adds a µs).
+RATES = {"cpu": (8e3, 2e4), "integrated": (3e4, 2e5)}
+DISCRETE_RATE = (3e5, 2e6)
+
+
+def texel_format(binding: KernelBinding) -> TexelFormat | None:
+    """How a kernel's binding views its buffer: a texel format, or None for a storage buffer."""
+    return None if binding.kind == "storage" else TEXEL_FORMATS[binding.dtype]
+
+
+class Lowering:
+    """Turns a graph's ops into dispatches for one device. Pure: it allocates nothing."""
+
+    def __init__(self, graph: Graph, file: GGUFFile, device: DeviceInfo, runtime: RuntimeConfig, n_ctx: int, n_block: int) -> None:
+        c, lanes = graph.config, device.limits.subgroup_size
+        self.graph, self.runtime, self.n_ctx, self.n_block = graph, runtime, n_ctx, n_block
+        self.capacity = max(runtime.prefill_chunk, runtime.n_seq)
+        cpu = device.kind == "cpu"
+        self.lanes = lanes
+        self.layout = Layout("lane_row", lanes=lanes) if cpu else Layout("lane_chunk", lanes=1)
+        self.activations: str = "f32" if runtime.activations == "auto" else runtime.activations
+        self._rate = RATES.get(device.kind, DISCRETE_RATE)
+        group = c.n_head // c.n_kv_head
+        self._attention = AttentionSpec(c.head_dim, group, runtime.block_size, lanes, schedule=self.layout.kind)
+        self._sample = SampleSpec(lanes=lanes)
+        self._types = {part.weight: file.tensors[part.weight].type for part in graph.parts()}
+        self._by_op = {op.name: tuple(self._matrices_of(op)) for op in graph.ops if isinstance(op, Embed | Linear | Qkv)}
+        self.matrices: tuple[Matrix, ...] = tuple({m.name: m for ms in self._by_op.values() for m in ms}.values())
+
+    # -- buffers --------------------------------------------------------------------------------------------------------------
+
+    def stride(self, name: str) -> int:
+        """Floats from row to row of a row buffer. Only rows that matrix kernels write are padded."""
+        n_col = self.graph.buffers[name].n_col
+        return -(-n_col // ROW_ALIGN) * ROW_ALIGN if name in self._padded() else n_col
+
+    def _padded(self) -> set[str]:
+        """Row buffers that only embed, norm and matrix kernels touch: they take a stride."""
+        attention = {name for op in self.graph.ops if isinstance(op, Attention) for name in (op.q, op.y)}
+        return set(self.graph.buffers) - attention - {self.graph.logits}
+
+    def buffer_bytes(self) -> dict[str, int]:
+        """Every buffer but weights, vectors and parameters, with its size."""
+        c, n = self.graph.config, self.capacity
+        sizes = {name: (n * self.stride(name) + ROW_ALIGN) * 4 for name in self.graph.buffers}
+        cache = self.n_block * self.runtime.block_size * c.n_kv_head * c.head_dim * 2
+        for op in self.graph.ops:
+            if isinstance(op, Qkv):
+                sizes |= {f"k.{op.layer}": cache, f"v.{op.layer}": cache}
+        return sizes | {
+            "rope": self.n_ctx * c.head_dim * 4,
+            "block_table": self.n_block * 4,
+            "candidates": self._sample.candidates_nbytes(n, c.n_vocab),
+            "argmax": n * 16,
+        }
+
+    def vector_values(self, vectors: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """What to upload as vectors: norm weights as they are, biases in the row order of their packed matrices."""
+        norms = {op.norm for op in self.graph.ops if isinstance(op, Linear | Qkv) and op.norm}
+        values = {name: vectors[name] for name in norms}
+        for matrix in self.matrices:
+            bias = matrix.bias(vectors)
+            if bias is not None:
+                values[_bias_name(matrix)] = bias
+        return values
+
+    def _matrices_of(self, op: Embed | Linear | Qkv) -> Iterator[Matrix]:
+        """An op's weights as packed matrices: neighbours of one type share a buffer and a dispatch."""
+        if isinstance(op, Embed):
+            yield self._matrix((op.part,), "store")
+        elif isinstance(op, Qkv):
+            for _, parts in groupby(op.parts, key=lambda part: self._types[part.weight]):
+                yield self._matrix(tuple(parts), "qkv")
+        else:
+            if len({self._types[part.weight] for part in op.parts}) > 1:
+                names = ", ".join(f"{part.weight} is {self._types[part.weight]}" for part in op.parts)
+                raise UnsupportedQuantError(f"{names}; the fused kernel needs one type", hint="re-quantize with one type for both")
+            yield self._matrix(op.parts, op.epilogue)
+
+    def _matrix(self, parts: tuple[Part, ...], epilogue: str) -> Matrix:
+        c = self.graph.config
+        order = row_order(epilogue, self.layout, [p.n_row for p in parts], c.head_dim, c.rope_pairing)
+        return Matrix("+".join(p.weight for p in parts), parts, self._types[parts[0].weight], self.layout, order)
+
+    # -- dispatches -----------------------------------------------------------------------------------------------------------
+
+    def dispatches(self, op: Op, n_row: int, n_out: int) -> list[Dispatch]:
+        """The dispatches of one op for a recording of `n_row` rows and `n_out` rows of logits (0: none are wanted)."""
+        if isinstance(op, Embed):
+            return [self._embed(op, n_row)]
+        if isinstance(op, Qkv):
+            return [self._qkv(op, matrix, n_row) for matrix in self._by_op[op.name]]
+        if isinstance(op, Attention):
+            return [self._attend(op, n_row)]
+        if isinstance(op, Linear):
+            return [self._linear(op, n_row, n_out)] if n_out or not op.gather else []
+        return self._greedy(op, n_out) if n_out else []
+
+    def output_of(self, op_name: str) -> str | None:
+        """The row buffer that an op writes; None for the greedy choice."""
+        op = next(op for op in self.graph.ops if op.name == op_name)
+        return None if isinstance(op, Argmax) else op.y
+
+    def _make(
+        self, op: Op, kernel: Kernel, buffers: Mapping[str, str], push: Mapping[str, int | float], groups: tuple[int, int, int], cost_us: float
+    ) -> Dispatch:
+        """A dispatch of a kernel that finds what it binds and pushes by name."""
+        values = {name: push[name] for name, _, _ in kernel.push}
+        return Dispatch(op.name, kernel, tuple(buffers[b.name] for b in kernel.bindings), kernel.pack_push(**values), groups, cost_us)
+
+    def _embed(self, op: Embed, n_row: int) -> Dispatch:
+        (matrix,) = self._by_op[op.name]
+        kernel = embed(matrix.fmt, self.layout)
+        push = {"n_col": matrix.n_col, "n_row": matrix.n_row, "n_token": n_row, "x_stride": self.stride(op.y) // 4, "y_stride": self.stride(op.y)}
+        return self._make(op, kernel, {"w": matrix.name, "x": op.y, "y": op.y, "params": "params"}, push, (1, n_row, 1), 20.0)
+
+    def _matmul(self, op: Linear | Qkv, matrix: Matrix, spec: MatmulSpec, n_row: int, buffers: dict[str, str], push: dict[str, int | float]) -> Dispatch:
+        """What all matrix kernels have in common."""
+        buffers |= {"w": matrix.name, "x": op.x, "params": "params", "bias": _bias_name(matrix)} | ({"norm_w": op.norm} if op.norm else {})
+        push |= {"n_col": matrix.n_col, "x_stride": self.stride(op.x) // 4, "eps": self.graph.config.rms_norm_eps}
+        tiles = -(-n_row // spec.tile)
+        bytes_a_us, macs_a_us = self._rate
+        cost_us = max(matrix.nbytes * tiles / bytes_a_us, matrix.n_row * matrix.n_col * n_row / macs_a_us)
+        return self._make(op, matmul(spec), buffers, push, (matrix.n_group, tiles, 1), cost_us)
+
+    def _spec(self, op: Linear | Qkv, matrix: Matrix, epilogue: str, n_row: int, gather: bool = False) -> MatmulSpec:
+        return MatmulSpec(
+            fmt=matrix.fmt,
+            layout=self.layout,
+            tile=min(8, n_row),
+            norm=op.norm is not None,
+            bias=any(part.bias for part in matrix.parts),
+            epilogue=epilogue,  # type: ignore[arg-type]
+            activations=self.activations,  # type: ignore[arg-type]
+            gather=gather,
+            rope_pairing=self.graph.config.rope_pairing,
+        )
+
+    def _linear(self, op: Linear, n_row: int, n_out: int) -> Dispatch:
+        (matrix,) = self._by_op[op.name]
+        rows = n_out if op.gather else n_row
+        n_y = matrix.n_row // 2 if op.epilogue == "swiglu" else matrix.n_row
+        push: dict[str, int | float] = {"n_row": n_y, "y_stride": self.stride(op.y), "n_token": rows, "capacity": n_row}
+        return self._matmul(op, matrix, self._spec(op, matrix, op.epilogue, rows, op.gather), rows, {"y": op.y}, push)
+
+    def _qkv(self, op: Qkv, matrix: Matrix, n_row: int) -> Dispatch:
+        c = self.graph.config
+        first = sum(p.n_row for p in op.parts[: op.parts.index(matrix.parts[0])])
+        push: dict[str, int | float] = {
+            "n_token": n_row, "capacity": n_row, "first_row": first, "n_row": matrix.n_row, "n_head": c.n_head, "n_kv_head": c.n_kv_head, "head_dim": c.head_dim,
+        }  # fmt: skip
+        buffers = {"q": op.y, "k": f"k.{op.layer}", "v": f"v.{op.layer}", "rope": "rope"}
+        return self._matmul(op, matrix, self._spec(op, matrix, "qkv", n_row), n_row, buffers, push)
+
+    def _attend(self, op: Attention, n_row: int) -> Dispatch:
+        c = self.graph.config
+        buffers = {"q": op.q, "k": f"k.{op.layer}", "v": f"v.{op.layer}", "block_table": "block_table", "params": "params", "out": op.y}
+        macs = 2 * n_row * c.n_head * c.head_dim * self.n_ctx
+        return self._make(op, direct(self._attention), buffers, {"n_token": n_row, "n_kv_head": c.n_kv_head}, (1, c.n_kv_head, n_row), macs / self._rate[1])
+
+    def _greedy(self, op: Argmax, n_out: int) -> list[Dispatch]:
+        n_vocab = self.graph.config.n_vocab
+        n_segment = self._sample.n_segment(n_vocab)
+        find = self._make(op, top_k(self._sample), {"logits": op.logits, "candidates": "candidates"}, {"n_vocab": n_vocab}, (n_segment, n_out, 1), 50.0)
+        merge = self._make(op, argmax(self._sample), {"candidates": "candidates", "result": "argmax"}, {"n_segment": n_segment}, (n_out, 1, 1), 10.0)
+        return [find, merge]
+
+
+def _bias_name(matrix: Matrix) -> str:
+    return f"bias of {matrix.name}"
