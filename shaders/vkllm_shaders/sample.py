@@ -1,0 +1,141 @@
+"""The k best logits of every row, on the device: greedy decoding copies back 16 bytes a token instead of the whole row.
+
+`top_k(k)` gives every workgroup a segment of the row. Each turn finds the best value "after" the previous one, in the order
+(value falling, id rising): k turns over a segment that stays in the cache, no sort, and no state but the last winner. Ties
+go to the lowest id. Non-finite values are never chosen; they are counted, and the engine makes an error of the count.
+`argmax` merges the segments' best to one record a row. For k > 1 the host merges: n_segment * k candidates are few.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from vkllm_codegen import Block, Buffer, Kernel, Value, Var, boolean, f32, f32x4, kernel, read, texel, u32, write
+from vkllm_shaders.reference import NO_ID
+
+MINUS_INFINITY = 0xFF800000
+EXPONENT = 0x7F800000
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """k: candidates a segment; segment: texels (4 logits) a workgroup; lanes: subgroup size, one subgroup a workgroup."""
+
+    k: int = 1
+    segment: int = 1024
+    lanes: int = 8
+
+    def n_segment(self, n_vocab: int) -> int:
+        """Workgroups a row: a row that starts inside a texel touches one more."""
+        return -(-(-(-n_vocab // 4) + 1) // self.segment)
+
+    def candidates_nbytes(self, n_row: int, n_vocab: int) -> int:
+        """Size of the candidates buffer, u32 [n_row, n_segment, k + 1, 2]."""
+        return 8 * n_row * self.n_segment(n_vocab) * (self.k + 1)
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The best (value, id) that this lane has met; NO_ID and -inf when none."""
+
+    value: Var
+    id: Var
+
+    @classmethod
+    def fresh(cls, b: Block) -> _Best:
+        return cls(b.var(f32, b.const(u32, MINUS_INFINITY).bitcast(f32)), b.var(u32, NO_ID))
+
+    def reset(self, b: Block) -> None:
+        self.value.set(b.const(u32, MINUS_INFINITY).bitcast(f32))
+        self.id.set(b.const(u32, NO_ID))
+
+    def offer(self, b: Block, allowed: Value, value: Value, id: Value) -> None:
+        """Take (value, id) if allowed and better. Ids are offered in rising order, so that > keeps the lowest of equals."""
+        better = allowed & (value > self.value.get())
+        self.value.set(b.select(better, value, self.value.get()))
+        self.id.set(b.select(better, id, self.id.get()))
+
+    def over_lanes(self, b: Block) -> tuple[Value, Value]:
+        """The best of the subgroup: largest value, lowest id among equals."""
+        value = b.subgroup_max(self.value.get())
+        return value, b.subgroup_min(b.select(self.value.get() == value, self.id.get(), NO_ID))
+
+
+@lru_cache(maxsize=None)
+def top_k(spec: SampleSpec) -> Kernel:
+    """logits f32 [n_row, n_vocab] → candidates u32 [n_row, n_segment, k + 1, 2]. Dispatch: (n_segment, n_row, 1).
+
+    A segment's k pairs (id, bits of the f32 value) come best first, (NO_ID, -inf) beyond the finite ones; its last pair is
+    (number of non-finite values, 0). Bindings: logits (texel f32x4; the buffer is a multiple of 16 bytes long, rows need not
+    be), candidates. Push: n_vocab.
+    """
+
+    @kernel(
+        logits=texel(f32x4),
+        candidates=write(u32),
+        push={"n_vocab": u32},
+        local_size=spec.lanes,
+        name=f"top_k_k{spec.k}_c{spec.segment}_s{spec.lanes}",
+    )
+    def body(b: Block, logits: Buffer, candidates: Buffer, *, n_vocab: Value) -> None:
+        lane, row = b.local_id(0), b.workgroup_id(1)
+        start = row * n_vocab
+        first = start // 4 + b.workgroup_id(0) * spec.segment
+        last = b.min(first + spec.segment, (start + n_vocab + 3) // 4)
+        out = (row * b.num_workgroups(0) + b.workgroup_id(0)) * (2 * spec.k + 2)
+        best, bad = _Best.fresh(b), b.var(u32, 0)
+        previous_value, previous_id = b.var(f32, 0.0), b.var(u32, 0)
+
+        with b.range(0, spec.k) as turn:
+            best.reset(b)
+            bad.set(b.const(u32, 0))
+            with b.range(first + lane, last, step=spec.lanes) as i:
+                values = logits[i]
+                for part in range(4):
+                    value, id = values[part], i * 4 + part - start
+                    finite = (value.bitcast(u32) & EXPONENT) != EXPONENT
+                    inside = id < n_vocab
+                    after = (value < previous_value.get()) | ((value == previous_value.get()) & (id > previous_id.get()))
+                    best.offer(b, inside & finite & (after | (turn == 0)), value, id)
+                    bad.set(bad.get() + b.select(inside & ~finite, b.const(u32, 1), b.const(u32, 0)))
+            value, id = best.over_lanes(b)
+            previous_value.set(value)
+            previous_id.set(id)
+            with b.when(lane == 0):
+                candidates[out + turn * 2] = id
+                candidates[out + turn * 2 + 1] = value.bitcast(u32)
+
+        count = b.subgroup_add(bad.get())
+        with b.when(lane == 0):
+            candidates[out + 2 * spec.k] = count
+            candidates[out + 2 * spec.k + 1] = b.const(u32, 0)
+
+    return body
+
+
+@lru_cache(maxsize=None)
+def argmax(spec: SampleSpec) -> Kernel:
+    """candidates of `top_k(spec)` → result u32 [n_row, 4]: id, bits of its value, non-finite values, 0. Dispatch: (n_row, 1, 1).
+
+    Push: n_segment.
+    """
+    stride = 2 * spec.k + 2
+
+    @kernel(
+        candidates=read(u32), result=write(u32), push={"n_segment": u32}, local_size=spec.lanes, name=f"argmax_k{spec.k}_s{spec.lanes}"
+    )
+    def body(b: Block, candidates: Buffer, result: Buffer, *, n_segment: Value) -> None:
+        row, lane = b.workgroup_id(0), b.local_id(0)
+        best, bad = _Best.fresh(b), b.var(u32, 0)
+        with b.range(lane, n_segment, step=spec.lanes) as segment:
+            place = (row * n_segment + segment) * stride
+            best.offer(b, b.const(boolean, True), candidates[place + 1].bitcast(f32), candidates[place])
+            bad.set(bad.get() + candidates[place + 2 * spec.k])
+        value, id = best.over_lanes(b)
+        count = b.subgroup_add(bad.get())
+        with b.when(lane == 0):
+            for i, word in enumerate([id, value.bitcast(u32), count, b.const(u32, 0)]):
+                result[row * 4 + i] = word
+
+    return body
