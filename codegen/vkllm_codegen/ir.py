@@ -138,6 +138,23 @@ class Program:
         return (int(self.spec[first][2]) if isinstance(first, str) else first, y, z)
 
 
+_LEAVES: dict[tuple[OpCode, DType, str], Op] = {}
+
+
+def leaf(code: OpCode, dtype: DType, arg: Any) -> Op:
+    """The one leaf of this opcode, type and argument: leaves are interned, so that identity is equality for them."""
+    key = (code, dtype, repr(arg))
+    found = _LEAVES.get(key)
+    if found is None:
+        found = _LEAVES[key] = Op(code, dtype, (), arg)
+    return found
+
+
+def constant(dtype: DType, value: Any) -> Op:
+    """The constant `value`, already in the range of `dtype` (a tuple for a vector)."""
+    return leaf(OpCode.CONST, dtype, value)
+
+
 def walk(region: Region) -> Iterator[Op]:
     """Every operation of `region` and of the regions inside, in order (leaves excepted)."""
     for op in region.ops:

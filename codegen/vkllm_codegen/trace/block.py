@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..ir import Op, OpCode, Program, Region
+from ..ir import Op, OpCode, Program, Region, leaf
 from ..types import CoopType, DType, Number, boolean, convert_exactly, f32, i32, u32
 from .value import Buffer, PrivateArray, Shared, Value, Var, fail
 from .where import caller
@@ -23,7 +23,6 @@ class Block:
         self._ops: list[Op] = []  # the region being filled
         self._shared: list[Op] = []  # shared memory is declared before everything else
         self._depth_of_loops = 0
-        self._leaves: dict[tuple[Any, ...], Op] = {}
         self._reduce_scratch: dict[DType, Shared] = {}
 
     # recording
@@ -37,14 +36,6 @@ class Block:
     def effect(self, code: OpCode, src: tuple[Op, ...], arg: Any = None) -> None:
         """Record an operation without a result."""
         self._ops.append(Op(code, None, src, arg, (), caller()))
-
-    def leaf(self, code: OpCode, dtype: DType, arg: Any) -> Op:
-        """The one leaf of this opcode, type and argument."""
-        key = (code, dtype, type(arg), str(arg) if isinstance(arg, float) else arg)
-        op = self._leaves.get(key)
-        if op is None:
-            op = self._leaves[key] = Op(code, dtype, (), arg)
-        return op
 
     def finish(self) -> Region:
         """The body recorded so far."""
@@ -67,11 +58,11 @@ class Block:
             fail(f"{type(value).__name__} is no value", "read a variable with .get(), a buffer with x[i]")
         try:
             if dtype.count == 1:
-                return self.leaf(OpCode.CONST, dtype, convert_exactly(dtype, value))
+                return leaf(OpCode.CONST, dtype, convert_exactly(dtype, value))
             parts = value if isinstance(value, (tuple, list)) else (value,) * dtype.count
             if len(parts) != dtype.count:
                 raise ValueError(f"{len(parts)} components for {dtype!r}")
-            return self.leaf(OpCode.CONST, dtype, tuple(convert_exactly(dtype.scalar, p) for p in parts))
+            return leaf(OpCode.CONST, dtype, tuple(convert_exactly(dtype.scalar, p) for p in parts))
         except (ValueError, TypeError, OverflowError) as error:
             fail(str(error), "use a number that the type holds, or convert the other operand with .to(dtype)")
 
@@ -152,7 +143,7 @@ class Block:
     def _builtin(self, name: str, dimension: int = 0) -> Value:
         if not 0 <= dimension < 3:
             fail(f"no dimension {dimension}; expected 0, 1 or 2")
-        return Value(self, self.leaf(OpCode.BUILTIN, u32, (name, dimension)))
+        return Value(self, leaf(OpCode.BUILTIN, u32, (name, dimension)))
 
     def workgroup_id(self, dimension: int = 0) -> Value:
         """Which workgroup of the dispatch, u32."""
@@ -479,7 +470,7 @@ class Block:
 
     def spec_value(self, name: str) -> Value:
         """The specialization constant of this name."""
-        return Value(self, self.leaf(OpCode.SPEC, self.program.spec[name][1], name))
+        return Value(self, leaf(OpCode.SPEC, self.program.spec[name][1], name))
 
     # atomics
 

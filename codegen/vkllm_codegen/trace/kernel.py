@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
-from ..ir import Binding, OpCode, Program
+from ..ir import Binding, OpCode, Program, leaf
 from ..types import DType, boolean, f32, i32, u32
 from .block import Block
 from .value import Buffer, Value, fail
@@ -166,7 +166,7 @@ def trace(
     constants = {n: (i, _spec_type(default), default) for i, (n, default) in enumerate(spec.items())}
     program = Program(name, named, _layout_push(push), constants, _local_size(local_size, spec), doc=doc)
     block = Block(program)
-    parameters = {n: Value(block, block.leaf(OpCode.PUSH, t, n)) for n, t in push.items()}
+    parameters = {n: Value(block, leaf(OpCode.PUSH, t, n)) for n, t in push.items()}
     parameters |= {n: block.spec_value(n) for n in spec}
     buffers = {b.name: Buffer(block, b, i, _dims(block, b, parameters)) for i, b in enumerate(named)}
     if body(block, buffers, parameters) is not None:
