@@ -286,7 +286,13 @@ def _compare(f: _Fold, op: Op) -> Op | None:
     return None
 
 
+def _min(f: _Fold, op: Op) -> Op | None:
+    """min(x, 0) of an unsigned x."""
+    return op.src[1] if _unsigned(op) and _fixed(op.src[1]) == 0 else None
+
+
 RULES: dict[OpCode, Rule] = {
+    OpCode.MIN: _min,
     OpCode.ADD: _add, OpCode.SUB: _sub, OpCode.MUL: _mul, OpCode.SHL: _shl, OpCode.SHR: _shr, OpCode.IDIV: _idiv,
     OpCode.MOD: _mod, OpCode.DIV: _div, OpCode.AND: _and, OpCode.OR: _or, OpCode.XOR: _xor, OpCode.NOT: _involution,
     OpCode.NEG: _involution, OpCode.SELECT: _select, OpCode.EXTRACT: _extract, OpCode.EXTRACT_DYN: _extract_dyn,
