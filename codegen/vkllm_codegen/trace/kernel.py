@@ -81,7 +81,7 @@ class Kernel:
 
     @cached_property
     def _module(self) -> tuple[bytes, frozenset[str]]:
-        from ..spirv import emit_module
+        from ..spirv.emit import emit_module
 
         return emit_module(self.program)
 
@@ -96,13 +96,13 @@ class Kernel:
 
     def spvasm(self) -> str:
         """The module as text."""
-        from ..spirv import disassemble
+        from ..spirv.disassemble import disassemble
 
         return disassemble(self.spirv())
 
     def glsl(self) -> str:
         """The same kernel as GLSL."""
-        from ..glsl import emit_glsl
+        from ..glsl.emit import emit_glsl
 
         return emit_glsl(self.program)
 
