@@ -1,0 +1,481 @@
+"""Weights times activations: matvec and GEMM in one kernel family, for every format of formats.py, with the work around them fused.
+
+    y[t, row] = epilogue(sum_k weight[row, k] * norm(x)[t, k] + bias[row])
+
+`matmul(spec)` makes the kernel for a `tile` of tokens. The two schedules share all arithmetic; they differ in where a lane's
+weights and x come from and in who adds up:
+- "lane_row" (lavapipe): one subgroup a workgroup; a lane owns `rows` rows and walks along them; each slot of x (one texel) lies in
+  one lane and reaches the others by a shuffle from a constant lane. No reduction over lanes, no shared memory.
+- "lane_chunk" (GPUs): a subgroup owns `rows` rows; lane after lane takes a step of 64 weights, reads its own x, and the lanes are
+  added at the end. `subgroups` subgroups a workgroup, each with its own rows.
+
+Arithmetic. Few tokens: products of raw numbers are added up within a block and scaled once (zero points and minimums by the
+block's sum of x). From `DEQUANTIZE_TOKENS` tokens on: a weight is dequantized once and multiplied with every token's x.
+activations="int8": x is rounded to 8 bits for each 32 values (16 in Q6_K), products and their sums are integers, scaled a block at a time.
+RMSNorm needs no pass of its own: sum(x²) is gathered in the same loop and scales the result.
+
+Source: KERNELS.md, measured there and in bench/LOG.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from vkllm_codegen import Binding, Block, Buffer, DType, Kernel, Value, f16, f32, f32x4, read, readwrite, texel, trace, u32, u32x4, write
+from vkllm_codegen.errors import KernelError
+from vkllm_shaders.formats import SLOTS, Format, Layout, StepWeights, format_of
+
+DEQUANTIZE_TOKENS = 3
+NO_SLOT = 0xFFFFFFFF
+ALIGN_COLUMNS = 64  # rows of x are padded with zeros to a multiple of this
+
+Epilogue = Literal["store", "residual", "swiglu", "qkv"]
+
+
+@dataclass(frozen=True)
+class MatmulSpec:
+    """What one kernel does; every field makes a new module.
+
+    fmt: ggml type; layout: how the weights are packed; tile: tokens a workgroup; norm, bias, epilogue: what is fused;
+    activations: "f32" or "int8"; gather: x row i is params[5 T + i]; rope_pairing, head_dim: for "qkv";
+    subgroup, subgroups: size and number of subgroups a workgroup of lane_chunk (lane_row: layout.lanes, one).
+    """
+
+    fmt: str
+    layout: Layout = Layout()
+    tile: int = 1
+    norm: bool = False
+    bias: bool = False
+    epilogue: Epilogue = "store"
+    activations: Literal["f32", "int8"] = "f32"
+    gather: bool = False
+    rope_pairing: str = "interleaved"
+    head_dim: int = 0
+    subgroup: int = 32
+    subgroups: int = 4
+
+    def __post_init__(self) -> None:
+        if self.tile not in range(1, 17):
+            raise KernelError(f"matmul with a tile of {self.tile} tokens", hint="expected 1 … 16")
+        if self.epilogue == "qkv" and (self.head_dim < 4 or self.head_dim % 4):
+            raise KernelError(f"qkv with head_dim {self.head_dim}", hint="expected a multiple of 4")
+
+    @property
+    def paired(self) -> bool:
+        """Does a lane hold its rows in pairs (see formats.row_order)?"""
+        return self.epilogue in ("swiglu", "qkv")
+
+    @property
+    def on_lavapipe(self) -> bool:
+        return self.layout.kind == "lane_row"
+
+    @property
+    def lanes(self) -> int:
+        """Invocations of a subgroup."""
+        return self.layout.lanes if self.on_lavapipe else self.subgroup
+
+    @property
+    def name(self) -> str:
+        parts = ["matmul", self.fmt.lower(), self.layout.kind, f"s{self.lanes}", f"r{self.layout.rows}", f"t{self.tile}"]
+        parts += [] if self.on_lavapipe else [f"n{self.subgroups}"]
+        parts += [word for word, used in (("norm", self.norm), ("bias", self.bias), ("gather", self.gather)) if used]
+        parts += [self.epilogue] + ([f"{self.rope_pairing}{self.head_dim}"] if self.epilogue == "qkv" else [])
+        return "_".join(parts + (["int8"] if self.activations == "int8" else []))
+
+    def groups(self, n_packed_row: int, n_token: int) -> tuple[int, int, int]:
+        """Workgroups of a dispatch. `n_packed_row`: the length of the row order."""
+        n_group = self.layout.n_group(n_packed_row)
+        return (n_group if self.on_lavapipe else -(-n_group // self.subgroups)), -(-n_token // self.tile), 1
+
+
+def push_constants(spec: MatmulSpec) -> dict[str, DType]:
+    """See `matmul`."""
+    names = ["n_chunk", "n_group", "x_stride", "n_token", "n_row", "first_row"]
+    names += ["n_col"] if spec.norm else []
+    names += ["capacity"] if spec.gather or spec.epilogue == "qkv" else []
+    names += ["n_head", "n_kv_head"] if spec.epilogue == "qkv" else ["y_stride"]
+    return {name: u32 for name in names} | ({"eps": f32} if spec.norm else {})
+
+
+def _bindings(spec: MatmulSpec) -> dict[str, Binding]:
+    bulk = texel if spec.on_lavapipe else read
+    found: dict[str, Binding] = {"w": bulk(u32x4), "x": bulk(f32x4)}
+    found |= {"norm_w": bulk(f32x4)} if spec.norm else {}
+    found |= {"bias": read(f32)} if spec.bias else {}
+    if spec.epilogue == "qkv":
+        found |= {"q": write(f32), "k": write(f16), "v": write(f16), "rope": bulk(f32x4), "params": read(u32)}
+    else:
+        found |= {"y": readwrite(f32) if spec.epilogue == "residual" else write(f32)}
+        found |= {"params": read(u32)} if spec.gather else {}
+    return found
+
+
+@lru_cache(maxsize=None)
+def matmul(spec: MatmulSpec) -> Kernel:
+    """The kernel of a spec. Dispatch: spec.groups(length of the row order, n_token).
+
+    Bindings, in this order, those not needed left out (texels in lane_row, storage buffers in lane_chunk):
+        w       u32x4 texels, packed by formats.pack with row_order(epilogue, …)
+        x       f32x4 texels [row, x_stride]. The row must be zero (not NaN) from n_col to the next multiple of 64 floats: the
+                padding of w is zero too, but NaN times zero is NaN, and sum(x²) counts it.
+        norm_w  f32x4 texels [n_col], padded like x: finite there
+        bias    f32 in packed row order (formats.pack_vector)
+        y       f32 [n_token, y_stride]; "residual" adds to it; or, for "qkv":
+        q       f32 [n_token, n_head * head_dim]; k, v: f16 [slots, n_kv_head, head_dim]; rope: f32 [positions, head_dim / 2, 2] as f32x4;
+        params  u32 [6, capacity]: for "qkv" (positions, slots) and for gather (output rows)
+    Push: n_chunk: chunks a row (Format.n_chunk); n_group: row groups of w; x_stride: texels a row of x; n_token: rows to compute;
+        n_row: rows of y that these weights make ("swiglu": of the gate; "qkv": of the parts together); first_row: y's first of them
+        (for "qkv" counted over q, k, v one below the other); n_col and eps: for the norm; capacity: T of params; y_stride: floats.
+    Nothing is written for rows from n_row and tokens from n_token on; a cache slot of 0xFFFFFFFF is not written.
+    """
+    local = spec.lanes * (1 if spec.on_lavapipe else spec.subgroups)
+    return trace(spec.name, _bindings(spec), push_constants(spec), {}, local, lambda b, bufs, push: _Body(b, spec, bufs, push).emit())
+
+
+class _Body:
+    """The tracing of one kernel. Lists are indexed [token of the tile][row of the lane]."""
+
+    def __init__(self, b: Block, spec: MatmulSpec, bufs: dict[str, Buffer], push: dict[str, Value]) -> None:
+        self.b, self.spec, self.bufs, self.push = b, spec, bufs, push
+        self.fmt: Format = format_of(spec.fmt)
+        self.rows, self.tile = spec.layout.rows, spec.tile
+        self.lane = b.subgroup_lane()
+        self.group = b.workgroup_id(0) if spec.on_lavapipe else b.workgroup_id(0) * spec.subgroups + b.subgroup_id()
+        self.first_token = b.workgroup_id(1) * spec.tile
+        self.acc = [[b.var(f32, 0.0) for _ in range(self.rows)] for _ in range(self.tile)]
+        self.squares = [b.var(f32, 0.0) for _ in range(self.tile)] if spec.norm else []
+        self.x_start = [self._x_row(t) * push["x_stride"] for t in range(self.tile)]
+
+    def emit(self) -> None:
+        (self._walk_rows if self.spec.on_lavapipe else self._walk_steps)()
+        _Epilogue(self).emit()
+
+    def _x_row(self, t: int) -> Value:
+        token = self.b.min(self.first_token + t, self.push["n_token"] - 1)
+        return self.bufs["params"][self.push["capacity"] * 5 + token] if self.spec.gather else token
+
+    # lane_row
+
+    def _walk_rows(self) -> None:
+        """Each lane along its own rows."""
+        b, f, s = self.b, self.fmt, self.spec.lanes
+        n_texel, n_head, n_body = f.n_texel(self.rows), f.n_head(self.rows), f.n_body(self.rows)
+        w, start = self.bufs["w"], self.group * self.push["n_chunk"]
+        with b.range(0, self.push["n_chunk"]) as chunk:
+            base = (start + chunk) * (n_texel * s) + self.lane
+
+            def head(j: int) -> Value:
+                return w[base + j * s]
+
+            def step(i: Value | int) -> None:
+                first = base + (i * n_body + n_head) * s
+                weights = StepWeights(f, b, head, lambda j: w[first + j * s], self.rows, i)
+                self._step(weights, _LaneRowX(self, chunk * (f.chunk // 4), i))
+
+            if f.steps == 1:
+                step(0)
+            else:
+                with b.range(0, f.steps) as i:
+                    step(i)
+
+    # lane_chunk
+
+    def _walk_steps(self) -> None:
+        """Each lane a step of the subgroup's rows, then the lanes are added."""
+        b, f = self.b, self.fmt
+        n_chunk = self.push["n_chunk"]
+        n_step, w = n_chunk * f.steps, self.bufs["w"]
+        group = b.min(self.group, self.push["n_group"] - 1)
+        base = group * (n_chunk * f.n_texel(self.rows))
+        with b.range(self.lane, n_step, step=self.spec.lanes) as at:
+            chunk, step = (at, 0) if f.steps == 1 else (at >> 2, at & 3)
+            body = base + n_chunk * f.n_head(self.rows) + at
+            weights = StepWeights(f, b, lambda j: w[base + n_chunk * j + chunk], lambda j: w[body + n_step * j], self.rows, step)
+            self._step(weights, _LaneChunkX(self, chunk * (f.chunk // 4), step))
+        for var in [v for token in self.acc for v in token] + self.squares:
+            var.set(b.subgroup_add(var.get()))
+
+    # arithmetic, the same for both
+
+    def _step(self, w: StepWeights, x: _X) -> None:
+        if self.spec.norm:
+            for t, var in enumerate(self.squares):
+                var.add(x.squares(t))
+        if self.fmt.n_sub == 0 or self.tile >= DEQUANTIZE_TOKENS or not self.spec.on_lavapipe:
+            self._multiply_weights(w, x)
+        else:
+            self._multiply_raw(w, x)
+
+    def _multiply_weights(self, w: StepWeights, x: _X) -> None:
+        """Dequantize a weight, multiply it with every token."""
+        b, f = self.b, self.fmt
+        acc = [[var.get() for var in token] for token in self.acc]
+        for slot in range(SLOTS):
+            for comp in range(4):
+                xs = [x.value(t, slot, comp) for t in range(self.tile)]
+                for r in range(self.rows):
+                    weight = w.raw(r, slot, comp)
+                    if f.n_sub:
+                        sub = slot * f.n_sub // SLOTS
+                        factor, offset = self._affine(w, r, sub, f.exponent(r, comp))
+                        weight = b.fma(weight, factor, offset)
+                    for t in range(self.tile):
+                        acc[t][r] = b.fma(weight, xs[t], acc[t][r])
+        for token, values in zip(self.acc, acc, strict=True):
+            for var, value in zip(token, values, strict=True):
+                var.set(value)
+
+    def _affine(self, w: StepWeights, r: int, sub: int, exponent: int) -> tuple[Value, Value]:
+        """weight = raw * factor + offset."""
+
+        def offset() -> Value:
+            zero = w.scale(r, sub) * float(-self.fmt.zero) if self.fmt.zero else None
+            minimum = w.minimum(r, sub)
+            if minimum is None or zero is None:
+                found = -minimum if minimum is not None else zero
+                assert found is not None
+                return found
+            return zero - minimum
+
+        factor = w.keep(("factor", r, sub, exponent), lambda: w.scale(r, sub) * 2.0**-exponent)
+        return factor, w.keep(("offset", r, sub), offset)
+
+    def _multiply_raw(self, w: StepWeights, x: _X) -> None:
+        """Add up raw numbers times x within a block, apply scale and offset once."""
+        b, f = self.b, self.fmt
+        for sub in range(f.n_sub):
+            width = SLOTS // f.n_sub
+            sums: dict[tuple[int, int, int], Value] = {}
+            for slot in range(sub * width, (sub + 1) * width):
+                for comp in range(4):
+                    xs = [x.value(t, slot, comp) for t in range(self.tile)]
+                    for r in range(self.rows):
+                        raw, e = w.raw(r, slot, comp), f.exponent(r, comp)
+                        for t in range(self.tile):
+                            sums[t, r, e] = b.fma(raw, xs[t], sums[t, r, e]) if (t, r, e) in sums else raw * xs[t]
+            for t in range(self.tile):
+                x_sum = x.total(t, sub)
+                for r in range(self.rows):
+                    self.acc[t][r].add(self._scaled([(v, e) for (tt, rr, e), v in sums.items() if (tt, rr) == (t, r)], w, r, sub, x_sum))
+
+    def _scaled(self, sums: list[tuple[Value, int]], w: StepWeights, r: int, sub: int, x_sum: Value) -> Value:
+        """scale * (sum(raw * x) - zero * sum(x)) - minimum * sum(x), the raw sums given by their exponent."""
+        least = min(e for _, e in sums)
+        total: Value | None = None
+        for value, e in sums:
+            part = value if e == least else value * 2.0 ** (least - e)
+            total = part if total is None else total + part
+        assert total is not None
+        total = total * 2.0**-least if least else total
+        if self.fmt.zero:
+            total = total - x_sum * float(self.fmt.zero)
+        total = total * w.scale(r, sub)
+        minimum = w.minimum(r, sub)
+        return total if minimum is None else total - minimum * x_sum
+
+
+class _X:
+    """The x of one step, for every token of the tile, times the norm weight."""
+
+    def __init__(self, body: _Body, chunk_start: Value, step: Value | int) -> None:
+        self.body, self.b, self.chunk_start, self.step = body, body.b, chunk_start, step
+        self.load()
+
+    def load(self) -> None: ...
+
+    def value(self, t: int, slot: int, comp: int) -> Value:
+        """x of this token, slot and component, in every lane that needs it."""
+        raise NotImplementedError
+
+    def total(self, t: int, sub: int) -> Value:
+        """Sum of x over a block's slots, for formats with zero points or minimums."""
+        raise NotImplementedError
+
+    def squares(self, t: int) -> Value:
+        """This lane's share of sum(x²), before the norm weight."""
+        raise NotImplementedError
+
+    def _index(self, slot: Value | int) -> Value:
+        return self.chunk_start + self.body.fmt.texel(self.step, slot)
+
+
+class _LaneRowX(_X):
+    """A lane holds a slot (two loads hold 16 slots in 8 lanes); values come by shuffles."""
+
+    def load(self) -> None:
+        body, b, s = self.body, self.b, self.body.spec.lanes
+        self.raw: list[list[Value]] = [[] for _ in range(body.tile)]
+        self.scaled: list[list[Value]] = [[] for _ in range(body.tile)]
+        for first in range(0, SLOTS, s):
+            index = self._index(body.lane + first if first else body.lane)
+            norm = body.bufs["norm_w"][index] if body.spec.norm else None
+            for t in range(body.tile):
+                x = body.bufs["x"][body.x_start[t] + index]
+                self.raw[t].append(x)
+                self.scaled[t].append(x if norm is None else x * norm)
+        self.sums: dict[tuple[int, int], Value] = {}
+        self.b = b
+
+    def value(self, t: int, slot: int, comp: int) -> Value:
+        s = self.body.spec.lanes
+        return self.b.subgroup_shuffle(self.scaled[t][slot // s][comp], slot % s)
+
+    def total(self, t: int, sub: int) -> Value:
+        s, width = self.body.spec.lanes, SLOTS // self.body.fmt.n_sub
+        slots = range(sub * width, (sub + 1) * width)
+        load = slots[0] // s
+        if (t, load) not in self.sums:
+            v = self.scaled[t][load]
+            self.sums[t, load] = (v[0] + v[1]) + (v[2] + v[3])
+        lanes = [self.b.subgroup_shuffle(self.sums[t, load], slot % s) for slot in slots]
+        return tree_sum(lanes)
+
+    def squares(self, t: int) -> Value:
+        return tree_sum([v[i] * v[i] for v in self.raw[t] for i in range(4)])
+
+
+class _LaneChunkX(_X):
+    """A lane reads the x of its own step, a slot at a time."""
+
+    def load(self) -> None:
+        self.slots: dict[tuple[int, int], Value] = {}
+        self.norms: dict[int, Value] = {}
+
+    def _slot(self, t: int, slot: int) -> Value:
+        if (t, slot) not in self.slots:
+            bufs, index = self.body.bufs, self._index(slot)
+            x = bufs["x"][self.body.x_start[t] + index]
+            if self.body.spec.norm:
+                var = self.body.squares[t]
+                var.add(tree_sum([x[i] * x[i] for i in range(4)]))
+                if slot not in self.norms:
+                    self.norms[slot] = bufs["norm_w"][index]
+                x = x * self.norms[slot]
+            self.slots[t, slot] = x
+        return self.slots[t, slot]
+
+    def value(self, t: int, slot: int, comp: int) -> Value:
+        return self._slot(t, slot)[comp]
+
+    def total(self, t: int, sub: int) -> Value:
+        width = SLOTS // self.body.fmt.n_sub
+        return tree_sum([self.value(t, slot, c) for slot in range(sub * width, (sub + 1) * width) for c in range(4)])
+
+    def squares(self, t: int) -> Value:
+        return self.b.const(f32, 0.0)  # added slot by slot
+
+
+def tree_sum(values: Sequence[Value]) -> Value:
+    """The sum, pairwise: short chains."""
+    values = list(values)
+    while len(values) > 1:
+        values = [a + b for a, b in zip(values[::2], values[1::2], strict=False)] + ([values[-1]] if len(values) % 2 else [])
+    return values[0]
+
+
+class _Epilogue:
+    """What happens to the sums: norm scale, bias, then store, add, gate, or rotate and cache."""
+
+    def __init__(self, body: _Body) -> None:
+        self.body, self.b, self.spec, self.bufs, self.push = body, body.b, body.spec, body.bufs, body.push
+
+    def emit(self) -> None:
+        body, b = self.body, self.b
+        values = [[var.get() for var in token] for token in body.acc]
+        if self.spec.norm:
+            for t, token in enumerate(values):
+                scale = b.rsqrt(self._sum_lanes(body.squares[t].get()) / self.push["n_col"].to(f32) + self.push["eps"])
+                values[t] = [v * scale for v in token]
+        if self.spec.on_lavapipe:
+            self._each(values)
+        else:
+            self._spread(values)
+
+    def _sum_lanes(self, v: Value) -> Value:
+        if not self.spec.on_lavapipe:
+            return v  # already added over the subgroup
+        return tree_sum([self.b.subgroup_shuffle(v, lane) for lane in range(self.spec.lanes)])
+
+    def _each(self, values: list[list[Value]]) -> None:
+        """Every lane its own rows."""
+        step = 2 if self.spec.paired else 1
+        for t, token in enumerate(values):
+            for r in range(0, self.body.rows, step):
+                self._one(token[r : r + step], (self.body.group * self.body.rows + r) * self.spec.layout.lanes + self.body.lane, t, r)
+
+    def _spread(self, values: list[list[Value]]) -> None:
+        """All lanes hold all sums: each lane takes one (token, row or pair) and stores it."""
+        b, step, rows = self.b, 2 if self.spec.paired else 1, self.body.rows
+        n = rows // step * len(values)
+        with b.range(self.body.lane, n, step=self.spec.lanes) as i:
+            picked = []
+            for e in range(step):
+                flat = [token[r] for token in values for r in range(e, rows, step)]
+                v = flat[0]
+                for j, other in enumerate(flat[1:], 1):
+                    v = b.select(i == j, other, v)
+                picked.append(v)
+            r = i % (rows // step) * step
+            self._one(picked, self.body.group * rows + r, i // (rows // step), r)
+
+    def _one(self, values: list[Value], packed: Value, t: Value | int, r: Value | int) -> None:
+        """Finish one row or pair. `packed`: packed row of the first."""
+        b, lanes = self.b, self.spec.layout.lanes
+        token = self.body.first_token + t
+        if not self.spec.paired:
+            row = packed
+        elif lanes == 1:
+            row = packed // 2
+        else:
+            assert isinstance(r, int)
+            row = (self.body.group * (self.body.rows // 2) + r // 2) * lanes + self.body.lane
+        n_row = self.push["n_row"]
+        inside = row * 2 < n_row if self.spec.epilogue == "qkv" else row < n_row
+        with b.when(inside & (token < self.push["n_token"])):
+            if self.spec.bias:
+                values = [v + self.bufs["bias"][packed + e * lanes] for e, v in enumerate(values)]
+            if self.spec.epilogue == "qkv":
+                self._rotate_and_cache(values[0], values[1], row, token)
+                return
+            at = token * self.push["y_stride"] + self.push["first_row"] + row
+            y = self.bufs["y"]
+            if self.spec.epilogue == "swiglu":
+                y[at] = values[0] / (b.exp(-values[0]) + 1.0) * values[1]
+            elif self.spec.epilogue == "residual":
+                y[at] = y[at] + values[0]
+            else:
+                y[at] = values[0]
+
+    def _rotate_and_cache(self, a: Value, c: Value, pair: Value, token: Value) -> None:
+        """RoPE on a pair of q or k; q is stored, k and v go to the cache."""
+        b, push, spec = self.b, self.push, self.spec
+        half = spec.head_dim // 2
+        pair = pair + (push["first_row"] >> 1)
+        head, i = pair // half, pair % half
+        first, distance = (i * 2, 1) if spec.rope_pairing == "interleaved" else (i, half)
+        capacity = push["capacity"]
+        position, slot = self.bufs["params"][capacity + token], self.bufs["params"][capacity * 2 + token]
+        turn = self.bufs["rope"][(position * half + i) >> 1]
+        odd = (i & 1) == 1
+        cos, sin = b.select(odd, turn[2], turn[0]), b.select(odd, turn[3], turn[1])
+        ra, rc = a * cos - c * sin, a * sin + c * cos
+        n_head, n_kv = push["n_head"], push["n_kv_head"]
+        with b.when(head < n_head):
+            at = (token * n_head + head) * spec.head_dim + first
+            self.bufs["q"][at] = ra
+            self.bufs["q"][at + distance] = rc
+        with b.when((head >= n_head) & (slot != NO_SLOT)):
+            kv_head = (head - n_head) % n_kv
+            at = (slot * n_kv + kv_head) * spec.head_dim + first
+            with b.when(head < n_head + n_kv):
+                self.bufs["k"][at] = ra.to(f16)
+                self.bufs["k"][at + distance] = rc.to(f16)
+            with b.when(head >= n_head + n_kv):
+                self.bufs["v"][at] = a.to(f16)
+                self.bufs["v"][at + distance] = c.to(f16)
+
+
+__all__ = ["ALIGN_COLUMNS", "Epilogue", "MatmulSpec", "matmul", "push_constants"]

@@ -1,0 +1,160 @@
+"""Matmul of every format, tile, shape, epilogue and schedule against float64 on gguf-dequantized weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vkllm_shaders.formats import FORMATS, Layout, pack, pack_vector, packed_nbytes, row_order
+from vkllm_shaders.matmul import ALIGN_COLUMNS, MatmulSpec, matmul
+from vkllm_shaders.reference_matmul import dequantize, linear, rotate, swiglu
+
+sys.path.insert(0, str(Path(__file__).parent))
+from check import check_kernel, lanes  # noqa: E402
+from test_formats import random_blocks  # noqa: E402
+
+EPS = 1e-5
+NAN = np.float32(np.nan)
+
+
+class Case:
+    """Random weights of some parts, packed, with an x and what a kernel needs beside them."""
+
+    def __init__(self, spec: MatmulSpec, n_rows: tuple[int, ...], n_col: int, n_token: int, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        f = FORMATS[spec.fmt]
+        self.spec, self.n_rows, self.n_col, self.n_token = spec, n_rows, n_col, n_token
+        parts = [random_blocks(spec.fmt, n, n_col, seed + i) for i, n in enumerate(n_rows)]
+        self.weights = dequantize(spec.fmt, np.concatenate(parts))
+        self.order = row_order(spec.epilogue, spec.layout, n_rows, spec.head_dim, spec.rope_pairing)
+        packed = np.zeros(packed_nbytes(f, len(self.order), n_col, spec.layout), np.uint8)
+        pack(f, parts, n_col, spec.layout, packed, self.order)
+        self.capacity = n_token + 2
+        self.rows = rng.permutation(self.capacity)[:n_token] if spec.gather else np.arange(n_token)
+        self.x_all = rng.standard_normal((self.capacity, n_col)).astype(np.float32)
+        width = -(-n_col // ALIGN_COLUMNS) * ALIGN_COLUMNS
+        x = np.zeros((self.capacity, width), np.float32)
+        x[:, :n_col] = self.x_all
+        self.x = self.x_all[self.rows].astype(np.float64)
+        self.buffers: dict[str, Any] = {"w": packed.view(np.uint32).reshape(-1, 4), "x": x}
+        self.push: dict[str, Any] = {
+            "n_chunk": f.n_chunk(n_col), "n_group": spec.layout.n_group(len(self.order)), "x_stride": width // 4, "n_token": n_token,
+            "n_row": n_rows[0] if spec.epilogue == "swiglu" else sum(n_rows), "first_row": 0,
+        }  # fmt: skip
+        self.norm = self.bias = None
+        if spec.norm:
+            self.norm = rng.uniform(0.5, 1.5, n_col)
+            self.buffers["norm_w"] = np.zeros(width, np.float32)
+            self.buffers["norm_w"][:n_col] = self.norm
+            self.push |= {"n_col": n_col, "eps": EPS}
+        if spec.bias:
+            self.bias = rng.standard_normal(sum(n_rows)).astype(np.float32)
+            self.buffers["bias"] = pack_vector(self.bias, self.order)
+        self.params = rng.integers(0, 1 << 31, (6, self.capacity)).astype(np.uint32)
+        self.params[5, :n_token] = self.rows
+        self.y = linear(self.weights, self.x, self.bias, self.norm, EPS)
+
+    def run(self, outputs: dict[str, np.ndarray], max_nmse: float = 1e-6, **options: Any) -> dict[str, np.ndarray]:
+        kernel = matmul(self.spec)
+        if any(b.name == "params" for b in kernel.bindings):
+            self.buffers["params"] = self.params
+            self.push["capacity"] = self.capacity
+        buffers = {b.name: self.buffers[b.name] for b in kernel.bindings}
+        groups = self.spec.groups(len(self.order), self.n_token)
+        size = None if self.spec.layout.kind == "lane_row" else self.spec.subgroup
+        return check_kernel(kernel, outputs, buffers, self.push, {}, groups, max_nmse=max_nmse, subgroup_size=size, **options)
+
+    def check(self, max_nmse: float = 1e-6, **options: Any) -> None:
+        """The row-wise epilogues, into a y with room to the left and right that must stay as it is."""
+        spec, rng = self.spec, np.random.default_rng(1)
+        n = int(self.push["n_row"])
+        self.push |= {"y_stride": n + 5, "first_row": 3}
+        before = rng.standard_normal((self.n_token, n + 5)).astype(np.float32)
+        if spec.epilogue == "swiglu":
+            result = swiglu(self.y[:, :n], self.y[:, n:])
+        else:
+            result = self.y + (before[:, 3 : 3 + n] if spec.epilogue == "residual" else 0)
+        expected = before.astype(np.float64)
+        expected[:, 3 : 3 + n] = result
+        self.buffers["y"] = before
+        got = self.run({"y": expected}, max_nmse, **options)["y"].reshape(before.shape)
+        assert np.array_equal(np.delete(got, np.s_[3 : 3 + n], axis=1), np.delete(before, np.s_[3 : 3 + n], axis=1))
+
+    def check_qkv(self, n_head: int, n_kv: int, first_head: int = 0) -> None:
+        """q, and the cache rows of k and v; `first_head`: where in q;k;v these parts begin."""
+        spec, rng, hd, t = self.spec, np.random.default_rng(2), self.spec.head_dim, self.n_token
+        n_slot, n_position = 16, 32
+        slots = rng.permutation(n_slot)[:t].astype(np.uint32)
+        slots[t // 2] = 0xFFFFFFFF if t > 1 else slots[t // 2]
+        positions = rng.integers(0, n_position, t)
+        self.params[1, :t], self.params[2, :t] = positions, slots
+        angle = rng.uniform(-3, 3, (n_position, hd // 2))
+        table = np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
+        whole = np.zeros((t, (n_head + 2 * n_kv) * hd))
+        start = first_head * hd
+        whole[:, start : start + self.y.shape[1]] = self.y
+        rotated = rotate(whole, table[positions].astype(np.float64), hd, spec.rope_pairing)
+        q_end, k_end = n_head * hd, (n_head + n_kv) * hd
+        have = np.zeros(whole.shape[1], bool)
+        have[start : start + self.y.shape[1]] = True
+        before = {
+            "q": rng.standard_normal((t, q_end)).astype(np.float32),
+            "k": rng.standard_normal((n_slot, n_kv * hd)).astype(np.float16),
+            "v": rng.standard_normal((n_slot, n_kv * hd)).astype(np.float16),
+        }
+        expected = {name: a.astype(np.float64) for name, a in before.items()}
+        expected["q"][:, have[:q_end]] = rotated[:, :q_end][:, have[:q_end]]
+        for name, values, mask in (("k", rotated[:, q_end:k_end], have[q_end:k_end]), ("v", whole[:, k_end:], have[k_end:])):
+            for i in range(t):
+                if slots[i] != 0xFFFFFFFF:
+                    expected[name][slots[i], mask] = values[i, mask]
+        self.buffers |= before | {"rope": table}
+        self.push |= {"n_head": n_head, "n_kv_head": n_kv, "first_row": start}
+        self.run(expected, 1e-6)
+
+
+def layout_row() -> Layout:
+    return Layout("lane_row", lanes(), 4)
+
+
+def spec_of(fmt: str, kind: str, **fields: Any) -> MatmulSpec:
+    if kind == "lane_row":
+        return MatmulSpec(fmt, layout_row(), **fields)
+    return MatmulSpec(fmt, Layout("lane_chunk", 1, fields.pop("rows", 4)), subgroup=lanes(), subgroups=2, **fields)
+
+
+SHAPES = {1: (172, 32, 256), 32: (32, 896, 64), 256: (256, 768, 256)}
+
+
+@pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])
+@pytest.mark.parametrize("tile", [1, 8])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_formats_and_shapes(fmt: str, tile: int, kind: str) -> None:
+    spec = spec_of(fmt, kind, tile=tile)
+    for i, (n_row, n_token) in enumerate([(7, 1), (100, 2), (33, 3)] if tile == 1 else [(32, 8), (1, 3), (100, 13)]):
+        Case(spec, (n_row,), SHAPES[FORMATS[fmt].block][i], n_token, seed=i).check(interpreted=i == 0 and tile == 1)
+
+
+@pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])
+@pytest.mark.parametrize("tile", [1, 2, 4])
+@pytest.mark.parametrize("fused", [
+    {"norm": True, "bias": True}, {"epilogue": "residual", "bias": True}, {"epilogue": "swiglu", "norm": True}, {"norm": True, "gather": True}
+], ids=str)  # fmt: skip
+def test_fused_work(fused: dict[str, Any], tile: int, kind: str) -> None:
+    fmt = {1: "Q5_0", 2: "Q4_K", 4: "Q8_0"}[tile]
+    n_rows = (52, 52) if fused.get("epilogue") == "swiglu" else (52,)
+    Case(spec_of(fmt, kind, tile=tile, **fused), n_rows, 256, 3).check()
+
+
+@pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+@pytest.mark.parametrize("tile", [1, 4])
+def test_qkv_with_rope_and_cache(tile: int, pairing: str, kind: str) -> None:
+    spec = spec_of("Q8_0", kind, tile=tile, norm=True, bias=True, epilogue="qkv", rope_pairing=pairing, head_dim=16)
+    Case(spec, (48, 16, 16), 64, 5).check_qkv(3, 1)
+    Case(spec, (48,), 64, 1).check_qkv(3, 1)
+    Case(spec, (32,), 64, 3).check_qkv(3, 2, first_head=5)  # v alone, of another type than q and k
