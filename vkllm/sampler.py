@@ -135,7 +135,7 @@ class Sampler:
             near = kept >= best + np.float32(math.log(p.min_p))
             ids, kept = ids[near], kept[near]
         with np.errstate(over="ignore"):  # a tiny temperature sends the others to -inf
-            weights = np.exp((kept - best) / np.float64(p.temperature).astype(np.float32)).astype(np.float64)
+            weights = np.exp((kept - best) / np.float32(max(p.temperature, 1e-30))).astype(np.float64)
         return ids, weights / weights.sum()
 
     def _adjusted(self, logits: Logits, history: Sequence[int]) -> Logits:

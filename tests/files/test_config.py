@@ -1,0 +1,113 @@
+"""ModelConfig from metadata: what is read, what is refused, and by which name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vkllm.config import ModelConfig, RuntimeConfig
+from vkllm.errors import ConfigError, UnsupportedModelError
+from vkllm.files import GGUFFile
+
+REQUIRED = ("block_count", "embedding_length", "feed_forward_length", "context_length", "attention.head_count")
+
+
+@dataclass
+class Fake:
+    metadata: dict[str, object]
+
+
+def metadata(arch: str = "llama", **changes: Any) -> Fake:
+    values: dict[str, object] = {
+        "block_count": 2,
+        "embedding_length": 64,
+        "feed_forward_length": 172,
+        "context_length": 512,
+        "attention.head_count": 8,
+        "attention.head_count_kv": 4,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "vocab_size": 100,
+    }
+    pairs = {f"{arch}.{k}": v for k, v in values.items()} | {"general.architecture": arch}
+    pairs |= {(k if "." in k and k.split(".")[0] in ("general", "tokenizer") else f"{arch}.{k}"): v for k, v in changes.items()}
+    return Fake({k: v for k, v in pairs.items() if v is not None})
+
+
+def test_defaults() -> None:
+    c = ModelConfig.from_gguf(metadata())
+    assert (c.head_dim, c.rope_dim, c.rope_theta, c.rope_pairing, c.name, c.file_type) == (8, 8, 10000.0, "interleaved", "", None)
+    assert ModelConfig.from_gguf(metadata("qwen2")).rope_pairing == "half"
+    assert ModelConfig.from_gguf(metadata(**{"attention.head_count_kv": None})).n_kv_head == 8
+    assert ModelConfig.from_gguf(metadata(**{"attention.key_length": 16, "attention.value_length": 16})).head_dim == 16
+
+
+@pytest.mark.parametrize("key", [*REQUIRED, "attention.layer_norm_rms_epsilon", "vocab_size"])
+def test_a_missing_key_is_named(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"lacks llama.{key}"):
+        ModelConfig.from_gguf(metadata(**{key: None}))
+
+
+@pytest.mark.parametrize("value", [0, -1, 1 << 40, "8", 2.5, True, [1]])
+@pytest.mark.parametrize("key", REQUIRED)
+def test_a_bad_value_is_named(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"llama.{key}"):
+        ModelConfig.from_gguf(metadata(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention.head_count": 7}, "no multiple"),
+        ({"attention.head_count_kv": 3}, "n_kv_head 3"),
+        ({"rope.dimension_count": 10}, "rope_dim 10"),
+        ({"rope.dimension_count": 5}, "rope_dim 5"),
+        ({"tokenizer.ggml.tokens": ["a", "b"]}, "holds 2"),
+        ({"rope.freq_base": float("nan")}, "freq_base"),
+        ({"attention.layer_norm_rms_epsilon": 0.0}, "epsilon"),
+    ],
+)
+def test_contradictions(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_gguf(metadata(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"general.architecture": "mamba"}, "mamba"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "yarn"),
+        ({"expert_count": 8}, "mixture"),
+        ({"attention.key_length": 16, "attention.value_length": 8}, "value_length"),
+    ],
+)
+def test_unsupported_models_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        ModelConfig.from_gguf(metadata(**changes))
+
+
+def test_unknown_architecture_lists_the_known() -> None:
+    with pytest.raises(UnsupportedModelError) as e:
+        ModelConfig.from_gguf(metadata("gpt-oss"))
+    assert "llama" in e.value.hint and "qwen2" in e.value.hint
+
+
+def test_vocabulary_from_the_tokens() -> None:
+    assert ModelConfig.from_gguf(metadata(vocab_size=None, **{"tokenizer.ggml.tokens": ["a", "b"]})).n_vocab == 2
+
+
+def test_real_files(shared_data: Path) -> None:
+    with GGUFFile.open(shared_data / "stories260K" / "stories260K-q4_0.gguf") as file:
+        c = ModelConfig.from_gguf(file)
+    assert (c.n_layer, c.n_embd, c.n_head, c.n_kv_head, c.n_ff, c.n_vocab, c.n_ctx) == (5, 64, 8, 4, 172, 512, 512)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"activations": "f64"}, {"n_ctx": 0}, {"block_size": 12}, {"prefill_chunk": -1}, {"submit_ms": 0.0}],
+)
+def test_runtime_config_refuses(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        replace(RuntimeConfig(), **change)
