@@ -51,7 +51,7 @@ for candidate in python3.12 "$HOME"/.pyenv/versions/3.12*/bin/python3.12; do
 done
 
 echo "Debian packages"
-(cd "$out/debs" && apt-get -qq download libvulkan1 libvulkan-dev libfmt-dev vulkan-validationlayers glslang-tools spirv-tools)
+(cd "$out/debs" && apt-get -qq -o APT::Sandbox::User=root download libvulkan1 libvulkan-dev libfmt-dev vulkan-validationlayers glslang-tools spirv-tools)
 
 cp tools/run_bundle.sh "$out/run_bundle.sh"
 size=$(du -sm "$out" | cut -f1)
