@@ -37,11 +37,11 @@ def rope(x: Array, position: Array, table: Array, pairing: str) -> F64:
     """
     n_row, n_head, head_dim = x.shape
     turn = table.astype(np.float64)[position]
-    z = x.astype(np.float64)
-    pairs = z.reshape(n_row, n_head, head_dim // 2, 2) if pairing == "interleaved" else z.reshape(n_row, n_head, 2, head_dim // 2).swapaxes(2, 3)
     cos, sin = turn[:, None, :, 0], turn[:, None, :, 1]
-    turned = np.stack([pairs[..., 0] * cos - pairs[..., 1] * sin, pairs[..., 0] * sin + pairs[..., 1] * cos], axis=-1)
-    return turned.reshape(x.shape) if pairing == "interleaved" else turned.swapaxes(2, 3).reshape(x.shape)
+    axis = 3 if pairing == "interleaved" else 2  # where the two of a pair are told apart
+    shape = (n_row, n_head, head_dim // 2, 2) if axis == 3 else (n_row, n_head, 2, head_dim // 2)
+    first, second = np.moveaxis(x.astype(np.float64).reshape(shape), axis, 0)
+    return np.stack([first * cos - second * sin, first * sin + second * cos], axis=axis).reshape(x.shape)
 
 
 def attention(q: Array, k: Array, v: Array, kv_length: Array, table_start: Array, block_table: Array, block_size: int) -> F64:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from vkllm_codegen import Block, Buffer, Kernel, Value, f32, kernel, read, u32, write
 
 
-@lru_cache(maxsize=None)
+@cache
 def rmsnorm(workgroup: int = 64) -> Kernel:
     """y[r] = x[r] * rsqrt(mean(x[r]²) + eps) * w. One workgroup a row. Dispatch: (n_row, 1, 1). Source: arXiv 1910.07467."""
 

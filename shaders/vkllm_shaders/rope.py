@@ -1,8 +1,8 @@
-"""Rotary position embedding of a row's heads, in place. In a model's chain it is fused into the QKV product; this is the plain one."""
+"""Rotary position embedding of a row's heads, in place. A model's chain fuses it into the QKV product; this is the plain one."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 from vkllm_codegen import Block, Buffer, Kernel, Value, f32, kernel, read, readwrite, u32
@@ -10,7 +10,7 @@ from vkllm_codegen import Block, Buffer, Kernel, Value, f32, kernel, read, readw
 Pairing = Literal["interleaved", "half"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def rope(head_dim: int, pairing: Pairing, workgroup: int = 64) -> Kernel:
     """Turn each pair of x f32 [T, n_head, head_dim] by the angle of its row's position. Dispatch: (T, 1, 1).
 

@@ -9,7 +9,7 @@ go to the lowest id. Non-finite values are never chosen; they are counted, and t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from vkllm_codegen import Block, Buffer, Kernel, Value, Var, boolean, f32, f32x4, kernel, read, texel, u32, write
 from vkllm_shaders.reference import NO_ID
@@ -62,7 +62,7 @@ class _Best:
         return value, b.subgroup_min(b.select(self.value.get() == value, self.id.get(), NO_ID))
 
 
-@lru_cache(maxsize=None)
+@cache
 def top_k(spec: SampleSpec) -> Kernel:
     """logits f32 [n_row, n_vocab] → candidates u32 [n_row, n_segment, k + 1, 2]. Dispatch: (n_segment, n_row, 1).
 
@@ -114,7 +114,7 @@ def top_k(spec: SampleSpec) -> Kernel:
     return body
 
 
-@lru_cache(maxsize=None)
+@cache
 def argmax(spec: SampleSpec) -> Kernel:
     """candidates of `top_k(spec)` → result u32 [n_row, 4]: id, bits of its value, non-finite values, 0. Dispatch: (n_row, 1, 1).
 
@@ -123,7 +123,11 @@ def argmax(spec: SampleSpec) -> Kernel:
     stride = 2 * spec.k + 2
 
     @kernel(
-        candidates=read(u32), result=write(u32), push={"n_segment": u32}, local_size=spec.lanes, name=f"argmax_k{spec.k}_s{spec.lanes}"
+        candidates=read(u32),
+        result=write(u32),
+        push={"n_segment": u32},
+        local_size=spec.lanes,
+        name=f"argmax_k{spec.k}_s{spec.lanes}",
     )
     def body(b: Block, candidates: Buffer, result: Buffer, *, n_segment: Value) -> None:
         row, lane = b.workgroup_id(0), b.local_id(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from vkllm_codegen import Block, Buffer, Kernel, Value, f32, kernel, read, u32, write
 
@@ -10,7 +10,7 @@ LOWEST = -3.0e38
 """Below every finite score that occurs; finite, so that lanes without an element add 0, not NaN."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def softmax(workgroup: int = 64) -> Kernel:
     """y[r] = exp(x[r] - max(x[r])) / sum(exp(x[r] - max(x[r]))). One workgroup a row. Dispatch: (n_row, 1, 1)."""
 

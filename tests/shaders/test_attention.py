@@ -97,7 +97,9 @@ def test_tile_over_several_blocks() -> None:
 
 @settings(deadline=None, max_examples=15, derandomize=True)
 @given(
-    lengths=st.lists(st.one_of(st.integers(0, 80), st.sampled_from([0, 1, 127, 128, 129, 255, 256, 257])), min_size=1, max_size=6),
+    lengths=st.lists(
+        st.one_of(st.integers(0, 80), st.sampled_from([0, 1, 127, 128, 129, 255, 256, 257])), min_size=1, max_size=6
+    ),
     n_kv_head=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
@@ -114,7 +116,14 @@ def test_prefill_rows_of_one_sequence_are_causal() -> None:
     inputs["params"][4 * n_row : 5 * n_row] = inputs["params"][4 * n_row]
     expected = oracle(inputs, spec)
     buffers = inputs | {"out": np.zeros(expected.shape, np.float32)}
-    check_kernel(attention.direct(spec), {"out": expected}, buffers, {"n_token": n_row, "n_kv_head": 2}, groups=(1, 2, n_row), interpreted=False)
+    check_kernel(
+        attention.direct(spec),
+        {"out": expected},
+        buffers,
+        {"n_token": n_row, "n_kv_head": 2},
+        groups=(1, 2, n_row),
+        interpreted=False,
+    )
 
 
 def test_large_scores_do_not_overflow() -> None:
