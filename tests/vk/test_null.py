@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -44,8 +46,12 @@ def test_buffers_hold_data(null_device: NullDevice) -> None:
 def test_checks(null_device: NullDevice) -> None:
     p = null_device.pipeline("k", b"", ("texel",), 0)
     b = null_device.buffer(1 << 21)
+    small = NullDevice(limits=replace(null_device.limits, max_texel_elements=1 << 16))
     with pytest.raises(ValueError, match=r"131072 texels, at most 65536: split it by rows"):
-        null_device.recording().dispatch(p, [Binding(b, format="rgba32ui")], (1, 1, 1))
+        small.recording().dispatch(p, [Binding(b, format="rgba32ui")], (1, 1, 1))
+    q = null_device.pipeline("s", b"", ("storage",), 0)
+    with pytest.raises(ValueError, match=r"134217744 bytes, at most 134217728: split it by rows"):
+        null_device.recording().dispatch(q, [Binding(null_device.buffer((1 << 27) + 1))], (1, 1, 1))
     with pytest.raises(ValueError, match="expected one of"):
         null_device.recording().dispatch(p, [Binding(b)], (1, 1, 1))
     with pytest.raises(MissingFeatureError, match="coopmat"):

@@ -14,12 +14,17 @@ from vkllm.vk.types import DeviceInfo
 MAGIC = b"vkllm pipelines 1\n"
 
 
+def directory() -> Path:
+    """Where caches are kept: VKLLM_CACHE_DIR, or the user's cache folder."""
+    return Path(os.environ.get("VKLLM_CACHE_DIR") or platformdirs.user_cache_dir("vkllm"))
+
+
 def path(info: DeviceInfo, cache_dir: Path | None = None) -> Path:
     """The cache file of a device: named by vendor, device, driver version, and the driver's cache UUID and build.
 
     The build (name and info text) is hashed in because some drivers repeat a UUID (Debian 12's lavapipe: "val-%s").
     """
-    base = cache_dir or Path(os.environ.get("VKLLM_CACHE_DIR") or platformdirs.user_cache_dir("vkllm"))
+    base = cache_dir or directory()
     build = hashlib.sha256(info.cache_uuid + f"{info.name}|{info.driver_name}|{info.driver_info}".encode()).hexdigest()[:24]
     key = f"{info.vendor_id:04x}-{info.device_id:04x}-{info.driver_version:08x}-{build}"
     return base / f"pipelines-{key}.bin"
