@@ -28,7 +28,7 @@ Phi LoopMerge SelectionMerge Label Branch BranchConditional Return
 GroupNonUniformElect GroupNonUniformAll GroupNonUniformAny GroupNonUniformBroadcast GroupNonUniformShuffle
 GroupNonUniformShuffleXor GroupNonUniformIAdd GroupNonUniformFAdd GroupNonUniformSMin GroupNonUniformUMin
 GroupNonUniformFMin GroupNonUniformSMax GroupNonUniformUMax GroupNonUniformFMax SDotKHR UDotKHR SUDotKHR
-""".split()
+"""
 
 ENUMS = {
     "Capability": """Shader Float16 Int8 Int16 StorageBuffer16BitAccess StorageBuffer8BitAccess ImageBuffer SampledBuffer
@@ -45,10 +45,10 @@ ENUMS = {
     "MemoryModel": "GLSL450 Vulkan",
     "Dim": "Buffer",
     "ImageFormat": "Unknown Rgba32f Rgba16f R32f Rgba32i R32i Rgba32ui R32ui",
-    "Scope": "Device Workgroup Subgroup",
+    "Scope": "Device Workgroup Subgroup QueueFamily",
     "GroupOperation": "Reduce",
     "PackedVectorFormat": "PackedVectorFormat4x8Bit",
-    "MemorySemantics": "None AcquireRelease UniformMemory WorkgroupMemory",
+    "MemorySemantics": "None AcquireRelease UniformMemory WorkgroupMemory MakeAvailable MakeVisible",
     "SelectionControl": "None",
     "LoopControl": "None Unroll DontUnroll",
     "FunctionControl": "None",
@@ -57,7 +57,7 @@ ENUMS = {
 }
 
 GLSL = """RoundEven FAbs SAbs Floor Sin Cos Tanh Exp Log Exp2 Log2 Sqrt InverseSqrt FMin UMin SMin FMax UMax SMax
-FClamp UClamp SClamp Fma PackHalf2x16 UnpackHalf2x16""".split()
+FClamp UClamp SClamp Fma PackHalf2x16 UnpackHalf2x16"""
 
 
 def number(value: int | str) -> int:
@@ -72,7 +72,16 @@ def operands(instruction: dict) -> tuple[str, ...]:
 
 def op_lines(core: dict) -> list[str]:
     known = {i["opname"][2:]: i for i in core["instructions"]}
-    return [f'    "{n}": ({known[n]["opcode"]}, {operands(known[n])!r}),'.replace("'", '"') for n in OPS]
+    return [line for n in OPS.split() for line in op_line(n, known[n]["opcode"], operands(known[n]))]
+
+
+def op_line(name: str, number: int, kinds: tuple[str, ...]) -> list[str]:
+    """One table entry, wrapped where it is long."""
+    line = f'    "{name}": ({number}, {kinds!r}),'.replace("'", '"')
+    if len(line) <= 130:
+        return [line]
+    entries = [f'            "{kind}",' for kind in kinds]
+    return [f'    "{name}": (', f"        {number},", "        (", *entries, "        ),", "    ),"]
 
 
 def enum_lines(core: dict) -> list[str]:
@@ -87,7 +96,7 @@ def enum_lines(core: dict) -> list[str]:
 
 def glsl_lines(ext: dict) -> list[str]:
     known = {i["opname"]: i["opcode"] for i in ext["instructions"]}
-    return [f'    "{n}": {known[n]},' for n in GLSL]
+    return [f'    "{n}": {known[n]},' for n in GLSL.split()]
 
 
 def render(core: dict, ext: dict) -> str:

@@ -55,7 +55,9 @@ def interpret(
 class _Setup:
     """What all workgroups share: checked buffers and parameters."""
 
-    def __init__(self, program: Program, buffers: Mapping[str, Array], push: Mapping[str, Any], spec: Mapping[str, Any], size: int):
+    def __init__(
+        self, program: Program, buffers: Mapping[str, Array], push: Mapping[str, Any], spec: Mapping[str, Any], size: int
+    ) -> None:
         self.program = program
         self.subgroup_size = size
         self._check_names("buffer", buffers, {b.name for b in program.bindings})
@@ -185,7 +187,11 @@ class _Run:
         index = op.regions[0].index
         assert index is not None
         number = start.copy()
-        self.repeat(op, lambda: number < stop, lambda: self.values.__setitem__(index, number.copy()), lambda: _advance(number, step))
+
+        def begin() -> None:
+            self.values[index] = number.copy()
+
+        self.repeat(op, lambda: number < stop, begin, lambda: _advance(number, step))
 
     def loop(self, op: Op) -> None:
         self.repeat(op, lambda: np.True_, lambda: None, lambda: None)
@@ -258,6 +264,8 @@ class _Run:
         return old
 
     def var(self, op: Op) -> Array:
+        if isinstance(op.dtype, CoopType):
+            return self.values[op.src[0]].copy()
         assert isinstance(op.dtype, DType)
         value = self.values.get(op)
         value = self.fresh(op.dtype, self.n) if value is None else value
@@ -272,6 +280,9 @@ class _Run:
 
     def assign(self, variable: Array, op: Op) -> None:
         """Set a variable in the active lanes."""
+        if isinstance(op.dtype, CoopType):
+            np.copyto(variable, self.values[op], where=self.mask[self.members[:, 0]][:, None, None])
+            return
         value = self.full(op)
         np.copyto(variable, value, where=self.mask if value.ndim == 1 else self.mask[:, None])
 
@@ -327,13 +338,14 @@ class _Run:
 
     def vote(self, op: Op) -> Array:
         if op.code is OpCode.SG_ANY:
-            return self.spread(self.gathered(op, False).any(axis=1))
-        return self.spread(self.gathered(op, True).all(axis=1))
+            return self.spread(np.asarray(self.gathered(op, False).any(axis=1)))
+        return self.spread(np.asarray(self.gathered(op, True).all(axis=1)))
 
     def elect(self, op: Op) -> Array:
         active = (self.members >= 0) & self.mask[self.members]
         first = np.take_along_axis(self.members, active.argmax(axis=1)[:, None], 1)[:, 0]
-        return self.lane == self.spread(first)
+        elected: Array = np.equal(self.lane, self.spread(first))
+        return elected
 
     def shuffle(self, op: Op) -> Array:
         sub = self.setup.subgroup_size
@@ -348,7 +360,8 @@ class _Run:
             lane = int(np.argmax(bad))
             self.fail(op, f"{op.code} from lane {wanted[lane]}, which does not take part (subgroup size {sub})",
                       "all lanes that are read must reach the same shuffle")  # fmt: skip
-        return self.full(op.src[0])[source]
+        moved: Array = self.full(op.src[0])[source]
+        return moved
 
     # pure operations
 
@@ -360,7 +373,7 @@ class _Run:
         value, target = self.get(op.src[0]), op.dtype.numpy
         if value.dtype.kind == "f" and op.dtype.is_integer:
             return np.trunc(value.astype(np.float64)).astype(np.int64).astype(target)
-        return value.astype(target) if not op.dtype.is_bool else value != 0
+        return value.astype(target) if not op.dtype.is_bool else np.not_equal(value, 0)
 
     def bitcast(self, op: Op) -> Array:
         assert isinstance(op.dtype, DType) and isinstance(op.src[0].dtype, DType)
@@ -401,7 +414,7 @@ class _Run:
             self.fail(op, "b.assume_uniform of a value that differs within a workgroup")
         return self.get(op.src[0])
 
-    # cooperative matrices: one matrix a subgroup, kept in every lane as [n, rows, cols] of the subgroup's first lane
+    # cooperative matrices: one matrix a subgroup, values are [n_subgroup, rows, cols]
 
     def coop_fill(self, op: Op) -> Array:
         assert isinstance(op.dtype, CoopType)
@@ -442,13 +455,10 @@ class _Run:
         assert isinstance(matrix.dtype, CoopType)
         memory, row, position = self.coop_access(op, matrix.dtype, op.src[1:])
         active = self.mask[self.members[:, 0]]
-        memory[np.broadcast_to(row, position.shape)[active], position[active]] = self.values_of(matrix)[active]
-
-    def values_of(self, matrix: Op) -> Array:
-        return self.values[matrix.src[0]] if matrix.code is OpCode.VAR_LOAD else self.values[matrix]
+        memory[np.broadcast_to(row, position.shape)[active], position[active]] = self.values[matrix][active]
 
     def coop_muladd(self, op: Op) -> Array:
-        a, b, c = (self.values_of(s) for s in op.src)
+        a, b, c = (self.values[s] for s in op.src)
         wide = np.float32 if c.dtype.kind == "f" else np.int64
         result: Array = (a.astype(wide) @ b.astype(wide) + c.astype(wide)).astype(c.dtype)
         return result

@@ -71,7 +71,8 @@ EFFECTS = ATOMICS | {
     OpCode.VAR_STORE, OpCode.ARRAY_STORE, OpCode.SHARED_STORE, OpCode.BUF_STORE, OpCode.COOP_STORE,
     OpCode.BARRIER, OpCode.BREAK_IF,
 }  # fmt: skip
-PURE = frozenset(OpCode) - LEAVES - DECLARATIONS - CONTROL - SUBGROUP - LOADS - EFFECTS - {OpCode.INDEX}
+COOPERATIVE = frozenset({OpCode.COOP_FILL, OpCode.COOP_MULADD})  # pure, but all lanes of a subgroup must compute them
+PURE = frozenset(OpCode) - COOPERATIVE - LEAVES - DECLARATIONS - CONTROL - SUBGROUP - LOADS - EFFECTS - {OpCode.INDEX}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

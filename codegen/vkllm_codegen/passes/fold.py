@@ -102,7 +102,8 @@ def _add(f: _Fold, op: Op) -> Op | None:
     for x, y in ((a, b), (b, a)):
         inner = _sum_of(x)
         if inner:
-            return f.new(op, OpCode.ADD, f.new(op, OpCode.ADD, *((inner[0], y) if x is a else (y, inner[0]))), f.number(op, inner[1]))
+            variable = f.new(op, OpCode.ADD, inner[0], y) if x is a else f.new(op, OpCode.ADD, y, inner[0])
+            return f.new(op, OpCode.ADD, variable, f.number(op, inner[1]))
     return None
 
 
@@ -150,7 +151,7 @@ def _shl(f: _Fold, op: Op) -> Op | None:
         return None
     if c == 0:
         return a
-    if a.code is OpCode.SHL and (inner := _fixed(a.src[1])) is not None and 0 <= inner and inner + c < op.dtype.bits:
+    if a.code is OpCode.SHL and (inner := _fixed(a.src[1])) is not None and inner >= 0 and inner + c < op.dtype.bits:
         return f.new(op, OpCode.SHL, a.src[0], f.number(op, inner + c))
     total = _sum_of(a)
     if total:
@@ -243,7 +244,8 @@ def _select(f: _Fold, op: Op) -> Op | None:
 def _extract(f: _Fold, op: Op) -> Op | None:
     vector = op.src[0]
     if vector.code is OpCode.VEC:
-        return vector.src[op.arg]
+        part: Op = vector.src[op.arg]
+        return part
     if vector.code is OpCode.CONST:
         assert isinstance(op.dtype, DType)
         return constant(op.dtype, vector.arg[op.arg])

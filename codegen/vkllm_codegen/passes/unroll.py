@@ -20,7 +20,7 @@ def _turns(op: Op) -> int | None:
     """How often a RANGE runs, if its bounds are constants."""
     if any(s.code is not OpCode.CONST for s in op.src) or op.src[2].arg <= 0:
         return None
-    start, stop, step = (s.arg for s in op.src)
+    start, stop, step = (int(s.arg) for s in op.src)
     return max(0, -(-(stop - start) // step))
 
 

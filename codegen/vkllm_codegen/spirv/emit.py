@@ -18,6 +18,8 @@ from .module import GLSL_STD_450, OPCODES, VALUES, Module, string_words
 NONE = 0
 SEMANTICS = VALUES["MemorySemantics"]
 BARRIER_SEMANTICS = SEMANTICS["AcquireRelease"] | SEMANTICS["UniformMemory"] | SEMANTICS["WorkgroupMemory"]
+VULKAN_BARRIER_SEMANTICS = BARRIER_SEMANTICS | SEMANTICS["MakeAvailable"] | SEMANTICS["MakeVisible"]
+SIGNED_OPERANDS = ("MatrixASigned", "MatrixBSigned", "MatrixCSigned", "MatrixResultSigned")
 
 
 def emit_module(program: Program) -> tuple[bytes, frozenset[str]]:
@@ -25,16 +27,18 @@ def emit_module(program: Program) -> tuple[bytes, frozenset[str]]:
     features = program_features(program)
     module = Module()
     declare(module, features)
-    module.add("memory_model", "MemoryModel", VALUES["AddressingModel"]["Logical"], VALUES["MemoryModel"]["GLSL450"])
-    _Function(module, program).emit()
+    _Function(module, program, "coopmat" in features).emit()
     return module.finish(), features
 
 
 class _Function:
     """Emits the entry point."""
 
-    def __init__(self, module: Module, program: Program) -> None:
+    def __init__(self, module: Module, program: Program, vulkan_memory: bool) -> None:
+        """vulkan_memory: the module uses the Vulkan memory model, where memory shared between invocations must be marked."""
         self.m = module
+        self.vulkan_memory = vulkan_memory
+        self.non_private = (VALUES["MemoryAccess"]["NonPrivatePointer"],) if vulkan_memory else ()
         self.program = program
         self.ids: dict[Op, int] = {}
         self.variables: list[int] = []  # OpVariable instructions: they open the first block
@@ -203,10 +207,14 @@ class _Function:
 
     def element_load(self, op: Op) -> int:
         assert op.dtype is not None
-        return self.result("Load", op.dtype, self.element_pointer(op))
+        return self.result("Load", op.dtype, self.element_pointer(op), *self.visibility(op))
 
     def element_store(self, op: Op) -> None:
-        self.put("Store", self.element_pointer(op), self.id(op.src[2]))
+        self.put("Store", self.element_pointer(op), self.id(op.src[2]), *self.visibility(op))
+
+    def visibility(self, op: Op) -> tuple[int, ...]:
+        """The memory operands of an ARRAY_ or SHARED_ operation."""
+        return self.non_private if op.src[0].code is OpCode.SHARED else ()
 
     def buffer_pointer(self, number: int, index: Op) -> int:
         """The address of an element of a storage buffer."""
@@ -215,10 +223,10 @@ class _Function:
 
     def buf_load(self, op: Op) -> int:
         assert op.dtype is not None
-        return self.result("Load", op.dtype, self.buffer_pointer(op.arg, op.src[0]))
+        return self.result("Load", op.dtype, self.buffer_pointer(op.arg, op.src[0]), *self.non_private)
 
     def buf_store(self, op: Op) -> None:
-        self.put("Store", self.buffer_pointer(op.arg, op.src[0]), self.id(op.src[1]))
+        self.put("Store", self.buffer_pointer(op.arg, op.src[0]), self.id(op.src[1]), *self.non_private)
 
     def texel_load(self, op: Op) -> int:
         assert isinstance(op.dtype, DType)
@@ -229,7 +237,7 @@ class _Function:
 
     def atomic(self, op: Op) -> int:
         assert isinstance(op.dtype, DType)
-        scope = self.m.constant(u32, VALUES["Scope"]["Device"])
+        scope = self.m.constant(u32, VALUES["Scope"]["QueueFamily" if self.vulkan_memory else "Device"])
         relaxed = self.m.constant(u32, NONE)
         pointer, value = self.buffer_pointer(op.arg, op.src[0]), self.id(op.src[1])
         return self.result(select.ATOMICS[op.code, op.dtype.kind], op.dtype, pointer, scope, relaxed, value)
@@ -254,7 +262,42 @@ class _Function:
 
     def barrier(self, op: Op) -> None:
         scope = self.m.constant(u32, VALUES["Scope"]["Workgroup"])
-        self.put("ControlBarrier", scope, scope, self.m.constant(u32, BARRIER_SEMANTICS))
+        semantics = VULKAN_BARRIER_SEMANTICS if self.vulkan_memory else BARRIER_SEMANTICS
+        self.put("ControlBarrier", scope, scope, self.m.constant(u32, semantics))
+
+    # cooperative matrices
+
+    def coop_fill(self, op: Op) -> int:
+        assert op.dtype is not None
+        return self.result("CompositeConstruct", op.dtype, self.id(op.src[0]))
+
+    def coop_place(self, op: Op, src: tuple[Op, ...]) -> tuple[int, ...]:
+        """Pointer, layout, stride and memory operands; `src` is ([shared memory], offset, stride)."""
+        number, row_major = op.arg
+        if number is None:
+            assert src[0].dtype is not None
+            pointer = self.chain("Workgroup", src[0].dtype, self.id(src[0]), self.id(src[1]))
+        else:
+            pointer = self.buffer_pointer(number, src[0])
+        layout = VALUES["CooperativeMatrixLayout"]["RowMajorKHR" if row_major else "ColumnMajorKHR"]
+        return pointer, self.m.constant(u32, layout), self.id(src[-1]), *self.non_private
+
+    def coop_load(self, op: Op) -> int:
+        assert op.dtype is not None
+        return self.result("CooperativeMatrixLoadKHR", op.dtype, *self.coop_place(op, op.src))
+
+    def coop_store(self, op: Op) -> None:
+        pointer, *rest = self.coop_place(op, op.src[1:])
+        self.put("CooperativeMatrixStoreKHR", pointer, self.id(op.src[0]), *rest)
+
+    def coop_muladd(self, op: Op) -> int:
+        assert op.dtype is not None
+        flags = 0
+        for name, matrix in zip(SIGNED_OPERANDS, (*op.src, op), strict=True):
+            if isinstance(matrix.dtype, CoopType) and matrix.dtype.element.is_signed:
+                flags |= VALUES["CooperativeMatrixOperands"][name + "ComponentsKHR"]
+        operands = [self.id(s) for s in op.src]
+        return self.result("CooperativeMatrixMulAddKHR", op.dtype, *operands, *((flags,) if flags else ()))
 
     # control
 
@@ -345,6 +388,10 @@ HANDLERS: dict[OpCode, Handler] = {
     OpCode.BUF_STORE: _Function.buf_store,
     OpCode.TEXEL_LOAD: _Function.texel_load,
     OpCode.BARRIER: _Function.barrier,
+    OpCode.COOP_FILL: _Function.coop_fill,
+    OpCode.COOP_LOAD: _Function.coop_load,
+    OpCode.COOP_STORE: _Function.coop_store,
+    OpCode.COOP_MULADD: _Function.coop_muladd,
     OpCode.RANGE: _Function.range,
     OpCode.LOOP: _Function.loop,
     OpCode.IF: _Function.branch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..ir import Binding, Op, OpCode, Program, walk
 from ..types import CoopType, DType
-from .module import Module
+from .module import VALUES, Module
 
 STORAGE_ONLY_RESULTS = frozenset({OpCode.BUF_LOAD, OpCode.CAST})
 STORAGE_ONLY_USES = frozenset({OpCode.BUF_STORE, OpCode.CAST})
@@ -51,7 +51,7 @@ def _op_features(op: Op) -> set[str]:
 
 
 def declare(module: Module, features: frozenset[str]) -> None:
-    """The capabilities and extensions of these features."""
+    """The capabilities, extensions and memory model of these features."""
     module.capability("Shader")
     for word in sorted(features & CAPABILITIES.keys()):
         module.capability(CAPABILITIES[word])
@@ -63,4 +63,8 @@ def declare(module: Module, features: frozenset[str]) -> None:
         module.extension("SPV_KHR_integer_dot_product")
     if "coopmat" in features:
         module.capability("CooperativeMatrixKHR")
+        module.capability("VulkanMemoryModel")  # the extension asks for it
         module.extension("SPV_KHR_cooperative_matrix")
+        module.extension("SPV_KHR_vulkan_memory_model")
+    model = "Vulkan" if "coopmat" in features else "GLSL450"
+    module.add("memory_model", "MemoryModel", VALUES["AddressingModel"]["Logical"], VALUES["MemoryModel"][model])

@@ -15,7 +15,7 @@ from .tables_coop import COOP_ENUMS, COOP_OPS
 
 MAGIC, VERSION_1_3, GENERATOR = 0x07230203, 0x00010300, 0
 OPCODES: dict[str, int] = {name: number for name, (number, _) in {**OPS, **COOP_OPS}.items()}
-VALUES: dict[str, dict[str, int]] = {kind: {**ENUMS.get(kind, {}), **COOP_ENUMS.get(kind, {})} for kind in {**ENUMS, **COOP_ENUMS}}
+VALUES: dict[str, dict[str, int]] = {k: {**ENUMS.get(k, {}), **COOP_ENUMS.get(k, {})} for k in {**ENUMS, **COOP_ENUMS}}
 SECTIONS = ("capabilities", "extensions", "imports", "memory_model", "entry_points", "modes", "names", "decorations", "globals",
             "function")  # fmt: skip
 

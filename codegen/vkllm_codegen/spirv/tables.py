@@ -19,7 +19,20 @@ OPS: dict[str, tuple[int, tuple[str, ...]]] = {
     "TypeInt": (21, ("IdResult", "LiteralInteger", "LiteralInteger")),
     "TypeFloat": (22, ("IdResult", "LiteralInteger")),
     "TypeVector": (23, ("IdResult", "IdRef", "LiteralInteger")),
-    "TypeImage": (25, ("IdResult", "IdRef", "Dim", "LiteralInteger", "LiteralInteger", "LiteralInteger", "LiteralInteger", "ImageFormat", "AccessQualifier?")),
+    "TypeImage": (
+        25,
+        (
+            "IdResult",
+            "IdRef",
+            "Dim",
+            "LiteralInteger",
+            "LiteralInteger",
+            "LiteralInteger",
+            "LiteralInteger",
+            "ImageFormat",
+            "AccessQualifier?",
+        ),
+    ),
     "TypeArray": (28, ("IdResult", "IdRef", "IdRef")),
     "TypeRuntimeArray": (29, ("IdResult", "IdRef")),
     "TypeStruct": (30, ("IdResult", "IdRef*")),
@@ -217,6 +230,7 @@ ENUMS: dict[str, dict[str, int]] = {
         "Device": 1,
         "Workgroup": 2,
         "Subgroup": 3,
+        "QueueFamily": 5,
     },
     "GroupOperation": {
         "Reduce": 0,
@@ -229,6 +243,8 @@ ENUMS: dict[str, dict[str, int]] = {
         "AcquireRelease": 8,
         "UniformMemory": 64,
         "WorkgroupMemory": 256,
+        "MakeAvailable": 8192,
+        "MakeVisible": 16384,
     },
     "SelectionControl": {
         "None": 0,

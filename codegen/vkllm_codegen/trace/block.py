@@ -27,7 +27,7 @@ class Block:
 
     # recording
 
-    def emit(self, code: OpCode, dtype: DType, src: tuple[Op, ...], arg: Any = None) -> Value:
+    def emit(self, code: OpCode, dtype: DType | CoopType | None, src: tuple[Op, ...], arg: Any = None) -> Value:
         """Record an operation with a result."""
         op = Op(code, dtype, src, arg, (), caller())
         self._ops.append(op)
@@ -43,12 +43,14 @@ class Block:
 
     # operands
 
-    def operand(self, value: Operand, dtype: DType) -> Op:
+    def operand(self, value: Operand, dtype: DType | CoopType) -> Op:
         """`value` as an operand of exactly `dtype`; numbers are converted, a scalar is spread over a vector."""
+        if isinstance(value, Value) and value.op.dtype is dtype:
+            return value.op
+        if isinstance(dtype, CoopType):
+            fail(f"expected {dtype!r}, found {value!r}", "make one with b.coop_fill or b.coop_load")
         if not isinstance(value, Value):
             return self._constant(dtype, value)
-        if value.op.dtype is dtype:
-            return value.op
         if dtype.count > 1 and value.dtype is dtype.scalar:
             return self.emit(OpCode.VEC, dtype, (value.op,) * dtype.count).op
         fail(f"expected {dtype!r}, found {value.op.dtype!r}", "conversions are written: v.to(dtype) or v.bitcast(dtype)")
@@ -183,7 +185,7 @@ class Block:
 
     # state
 
-    def var(self, dtype: DType, init: Operand, name: str = "") -> Var:
+    def var(self, dtype: DType | CoopType, init: Operand, name: str = "") -> Var:
         """A mutable variable of this invocation, set to `init` here."""
         op = Op(OpCode.VAR, dtype, (self.operand(init, dtype),), None, (), caller(), name)
         self._ops.append(op)
@@ -472,6 +474,41 @@ class Block:
         """The specialization constant of this name."""
         return Value(self, leaf(OpCode.SPEC, self.program.spec[name][1], name))
 
+    # cooperative matrices
+
+    def coop_fill(self, matrix: CoopType, value: Operand) -> Value:
+        """A matrix with `value` in every element."""
+        return self.emit(OpCode.COOP_FILL, matrix, (self.operand(value, matrix.element),))
+
+    def coop_load(self, memory: Buffer | Shared, offset: Index, stride: Index, matrix: CoopType, row_major: bool = True) -> Value:
+        """The matrix at element `offset`; rows (columns, if not row_major) start `stride` elements apart.
+
+        All invocations of the subgroup must arrive with the same operands.
+        """
+        return self.emit(OpCode.COOP_LOAD, matrix, *self._coop_place(memory, offset, stride, matrix, row_major))
+
+    def coop_store(self, memory: Buffer | Shared, offset: Index, stride: Index, matrix: Value, row_major: bool = True) -> None:
+        """Write a matrix to memory, laid out as in coop_load."""
+        if not isinstance(matrix.op.dtype, CoopType):
+            fail(f"coop_store of {matrix.op.dtype!r}; expected a cooperative matrix")
+        src, arg = self._coop_place(memory, offset, stride, matrix.op.dtype, row_major)
+        self.effect(OpCode.COOP_STORE, (matrix.op, *src), arg)
+
+    def _coop_place(
+        self, memory: Buffer | Shared, offset: Index, stride: Index, matrix: CoopType, row_major: bool
+    ) -> tuple[tuple[Op, ...], tuple[int | None, bool]]:
+        """Operands ([shared memory], offset, stride) and the immediate (binding, row_major)."""
+        if memory.dtype is not matrix.element or (isinstance(memory, Buffer) and memory.binding.kind != "storage"):
+            fail(f"a matrix of {matrix.element!r} needs a storage buffer or shared memory of that type, found {memory.dtype!r}")
+        place = (self.index_operand(offset), self.index_operand(stride))
+        if isinstance(memory, Buffer):
+            return place, (memory.number, row_major)
+        return (memory.op, *place), (None, row_major)
+
+    def coop_mul_add(self, a: Value, b: Value, c: Value) -> Value:
+        """a @ b + c for matrices of use "a" [M, K], "b" [K, N] and "acc" [M, N]."""
+        return self.emit(OpCode.COOP_MULADD, c.op.dtype, (a.op, b.op, c.op))
+
     # atomics
 
     def _atomic(self, code: OpCode, buffer: Buffer, index: Index, value: Operand) -> Value:
@@ -499,4 +536,4 @@ def _lowest(dtype: DType) -> Number:
     return -(1 << (dtype.bits - 1)) if dtype.is_signed else 0
 
 
-__all__ = ["Block", "CoopType"]
+__all__ = ["Block"]

@@ -14,7 +14,7 @@ from .value import Buffer, Value, fail
 
 MAX_PUSH_BYTES = 128
 Dim = int | str
-Body = Callable[[Block, dict[str, Buffer], dict[str, Value]], None]
+Body = Callable[[Block, dict[str, Buffer], dict[str, Value]], object]
 
 
 def read(dtype: DType, *dims: Dim) -> Binding:
@@ -190,14 +190,14 @@ def kernel(
     local_size: int | tuple[int, ...] | str | None = None,
     name: str | None = None,
     **bindings: Binding,
-) -> Callable[[Callable[..., None]], Kernel]:
+) -> Callable[[Callable[..., object]], Kernel]:
     """Decorate `f(b, <buffers>, *, <push and spec constants>)`: trace it now and replace it by a Kernel.
 
     local_size: an int, a tuple, or the name of a specialization constant (default: "WG" when there is one).
     """
 
-    def decorate(function: Callable[..., None]) -> Kernel:
-        def body(b: Block, buffers: dict[str, Buffer], parameters: dict[str, Value]) -> None:
+    def decorate(function: Callable[..., object]) -> Kernel:
+        def body(b: Block, buffers: dict[str, Buffer], parameters: dict[str, Value]) -> object:
             return function(b, **buffers, **parameters)
 
         return trace(name or function.__name__, bindings, push or {}, spec or {}, local_size, body, function.__doc__ or "")

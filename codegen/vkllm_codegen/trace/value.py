@@ -6,18 +6,18 @@ Nothing here computes; every operator records one operation in the block that is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from ..errors import TraceError
 from ..ir import Binding, Op, OpCode
-from ..types import DType, Number, boolean, f32, u32
+from ..types import CoopType, DType, Number, f32
 from .where import at, caller
 
 if TYPE_CHECKING:
     from .block import Block
 
-Operand = "Value | Number"
-Index = "Value | int"
+Operand: TypeAlias = "Value | Number"
+Index: TypeAlias = "Value | int"
 TEXEL_RESULT = {"f16x4": f32.with_count(4)}  # a texel of half floats arrives as f32
 
 
@@ -38,14 +38,15 @@ class Value:
 
     @property
     def dtype(self) -> DType:
-        assert isinstance(self.op.dtype, DType)
+        if not isinstance(self.op.dtype, DType):
+            fail(f"{self.op.dtype!r} has no arithmetic of its own", "use b.coop_mul_add, or b.coop_store and load the elements")
         return self.op.dtype
 
     def __repr__(self) -> str:
         return f"Value({self.op!r})"
 
     def __bool__(self) -> bool:
-        fail("a GPU value has no truth value in Python", "use b.when(cond) or b.select(cond, x, y); & | ~ instead of and, or, not")
+        fail("a GPU value has no truth value in Python", "use b.when(cond) or b.select(cond, x, y), and & | ~ for and, or, not")
 
     def __index__(self) -> int:
         fail("a GPU value is no Python integer", "for a loop with a GPU value as its bound use b.range")
@@ -195,7 +196,7 @@ class Var:
 
     __slots__ = ("block", "dtype", "op")
 
-    def __init__(self, block: Block, op: Op, dtype: DType) -> None:
+    def __init__(self, block: Block, op: Op, dtype: DType | CoopType) -> None:
         self.block, self.op, self.dtype = block, op, dtype
 
     def get(self) -> Value:
@@ -276,16 +277,6 @@ class Buffer:
 
     def __setitem__(self, index: Index | tuple[Index, ...], value: Operand) -> None:
         if self.binding.access == "read":
-            fail(f"buffer {self.binding.name} is declared read-only but is written here", "declare it write(...) or readwrite(...)")
+            fail(f"buffer {self.binding.name} is read-only but is written here", "declare it write(...) or readwrite(...)")
         flat = self.block.flat_index(index, self.dims)
         self.block.effect(OpCode.BUF_STORE, (flat, self.block.operand(value, self.dtype)), self.number)
-
-
-def component_type(value: Any) -> DType:
-    """The dtype of a Value; anything else is the user's mistake."""
-    if not isinstance(value, Value):
-        fail(f"expected a GPU value, found {type(value).__name__}", "make constants with b.const(dtype, value)")
-    return value.dtype
-
-
-__all__ = ["Buffer", "PrivateArray", "Shared", "Value", "Var", "boolean", "component_type", "fail", "u32"]

@@ -30,7 +30,8 @@ def operand_type(position: int, *allowed: DType) -> Rule:
 
     def check(op: Op) -> str | None:
         found = op.src[position].dtype
-        return None if found in allowed else f"operand {position} of {op.code} is {found!r}, expected {' or '.join(map(repr, allowed))}"
+        wanted = " or ".join(map(repr, allowed))
+        return None if found in allowed else f"operand {position} of {op.code} is {found!r}, expected {wanted}"
 
     return check
 
