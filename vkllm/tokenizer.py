@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import codecs
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
@@ -55,6 +56,22 @@ END_TEXTS = frozenset(
 """Special tokens that end a turn in every model that has them, whether or not the file's metadata say so."""
 
 
+CHUNK_CHARS = 1 << 15
+_SAFE_CUT = re.compile(r"\S\n(?=\S)|[A-Za-z](?= [A-Za-z])")
+
+
+def chunks(text: str, size: int = CHUNK_CHARS) -> Iterator[str]:
+    """Cut long text where every expression of PRE_TOKENIZERS ends a word, whatever stands around: it saves memory and time.
+
+    Such places are after a lone newline, and between an ASCII letter and a space before another one.
+    """
+    start = 0
+    while len(text) - start > size and (cut := _SAFE_CUT.search(text, start + size)):
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
+
+
 class _Model(Protocol):
     """Merges plain text into ids."""
 
@@ -75,10 +92,12 @@ class _ByteLevel:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False, trim_offsets=False)]
         )
-        self._encode = backend.encode_batch_fast
+        self._backend = backend
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._encode([text], add_special_tokens=False)[0].ids
+        ids: list[int] = []
+        for chunk in chunks(text):
+            ids += self._backend.encode(chunk, add_special_tokens=False).ids
         return ids
 
 

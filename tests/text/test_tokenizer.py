@@ -16,13 +16,26 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from vkllm.errors import ConfigError, RequestError, UnsupportedModelError
 from vkllm.files import GGUFFile
-from vkllm.tokenizer import BYTE, BYTE_OF, CONTROL, NORMAL, PRE_TOKENIZERS, UNKNOWN, USER_DEFINED, Tokenizer
+from vkllm.tokenizer import BYTE, BYTE_OF, CONTROL, NORMAL, PRE_TOKENIZERS, UNKNOWN, USER_DEFINED, Tokenizer, chunks
 
 VOCABULARIES = ("llama-spm", "phi-3", "llama-bpe", "qwen2", "gpt-2")
 SEPARATOR = "\n__ggml_vocab_test__\n"
 
 # Scores with ties and tokens that can be split in several ways, so that the order of merges matters.
-WORDS = {"ab": -3, "ba": -3, "aa": -5, "aaa": -4, "aab": -4, "▁a": -2, "▁▁": -6, "▁ab": -1, "bab": -2, "é!": -2, "▁a▁": -7, "cd": -1}
+WORDS = {
+    "ab": -3,
+    "ba": -3,
+    "aa": -5,
+    "aaa": -4,
+    "aab": -4,
+    "▁a": -2,
+    "▁▁": -6,
+    "▁ab": -1,
+    "bab": -2,
+    "é!": -2,
+    "▁a▁": -7,
+    "cd": -1,
+}
 
 
 def spm_metadata(**changes: Any) -> dict[str, object]:
@@ -50,7 +63,9 @@ def trained_bpe() -> tuple[list[str], list[str]]:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=sorted(BYTE_OF), show_progress=False)
-    tokenizer.train_from_iterator(["the cat sat on the mat, then it slept 123 times", "don't you think é is nice? 日本語 日本"] * 5, trainer)
+    tokenizer.train_from_iterator(
+        ["the cat sat on the mat, then it slept 123 times", "don't you think é is nice? 日本語 日本"] * 5, trainer
+    )
     model = json.loads(tokenizer.to_str())["model"]
     return list(model["vocab"]), [" ".join(m) for m in model["merges"]]
 
@@ -205,6 +220,22 @@ def test_pre_tokenizers(pre: str, text: str, words: list[str]) -> None:
     """No token spans two words: with a vocabulary that holds every piece, the pieces are the words."""
     cuts = [pre_tokenizers.Split(tokenizers.Regex(s), "isolated") for s in PRE_TOKENIZERS[pre]]
     assert [w for w, _ in pre_tokenizers.Sequence(cuts).pre_tokenize_str(text)] == words
+
+
+@given(
+    text=st.one_of(anything(), st.text("aB. '\n\r\ts1é", max_size=40)),
+    pre=st.sampled_from(sorted(PRE_TOKENIZERS)),
+    size=st.integers(0, 9),
+)
+@settings(max_examples=400)
+def test_cutting_long_text_changes_no_word(text: str, pre: str, size: int) -> None:
+    def words(part: str) -> list[str]:
+        cuts = [pre_tokenizers.Split(tokenizers.Regex(s), "isolated") for s in PRE_TOKENIZERS[pre]]
+        return [w for w, _ in pre_tokenizers.Sequence(cuts).pre_tokenize_str(part)]
+
+    parts = list(chunks(text, size))
+    assert "".join(parts) == text
+    assert [w for part in parts for w in words(part)] == words(text)
 
 
 def test_lone_surrogates_become_replacement_characters() -> None:
