@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from vkllm.vk import Binding, Device, open_device
 from vkllm_shaders.attention import AttentionSpec, direct
 
 SHAPES = {"14/2": (14, 2), "32/8": (32, 8)}
-FORMATS = {"f32x4": "rgba32f", "u32x4": "rgba32ui", "u32": "r32ui"}
+FORMATS: dict[str, Any] = {"f32x4": "rgba32f", "u32x4": "rgba32ui", "u32": "r32ui"}
 
 
 def measure(device: Device, spec: AttentionSpec, n_kv_head: int, n_position: int, repeat: int) -> dict[str, float]:
@@ -27,7 +28,7 @@ def measure(device: Device, spec: AttentionSpec, n_kv_head: int, n_position: int
     rng, kernel = np.random.default_rng(0), direct(spec)
     n_block = -(-n_position // spec.block_size)
     cache = (n_block * spec.block_size, n_kv_head, spec.head_dim)
-    arrays = {
+    arrays: dict[str, Any] = {
         "q": rng.standard_normal((n_kv_head * spec.group, spec.head_dim)).astype(np.float32),
         "k": rng.standard_normal(cache, np.float32).astype(np.float16),
         "v": rng.standard_normal(cache, np.float32).astype(np.float16),

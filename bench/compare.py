@@ -2,9 +2,9 @@
 
 Usage: python bench/compare.py MODEL.gguf --peer DIR [-p 512] [-n 64] [-r 3] [--peer-vulkan-prompt 512] [--out bench/results]
 
-DIR holds llama.cpp's builds (`build-cpu/bin`, `build-vulkan/bin`). Each round runs every engine once; the medians over the rounds and
-their ratios are printed as one JSON line and written to OUT/DEVICE/DATE-MODEL.json. `busy` is the share of one core that processes
-other than the measured ones took: above 0.1 the figures are noise, and the line says so.
+DIR holds llama.cpp's builds (`build-cpu/bin`, `build-vulkan/bin`). Each round runs every engine once. The medians over the
+rounds and their ratios are printed as one JSON line and written to OUT/DEVICE/DATE-MODEL.json. `busy` is how many cores others
+kept busy just before the rounds: above 0.1 the figures are noise, and `quiet` is false.
 """
 
 from __future__ import annotations
@@ -35,7 +35,21 @@ def peer_bench(folder: Path, model: str, n_prompt: int, n_generate: int, vulkan:
 
 def own_bench(model: str, n_prompt: int, n_generate: int, extra: list[str]) -> dict[str, Any]:
     """One `vkllm bench` run in a process of its own."""
-    command = [sys.executable, "-m", "vkllm.cli", "bench", model, "-p", str(n_prompt), "-n", str(n_generate), "-r", "1", "--json", *extra]
+    command = [
+        sys.executable,
+        "-m",
+        "vkllm.cli",
+        "bench",
+        model,
+        "-p",
+        str(n_prompt),
+        "-n",
+        str(n_generate),
+        "-r",
+        "1",
+        "--json",
+        *extra,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     report: dict[str, Any] = json.loads(done.stdout)
     return report
@@ -64,8 +78,13 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         if args.peer_vulkan_prompt is not None:
             turn["vulkan"] = peer_bench(args.peer, args.model, args.peer_vulkan_prompt, args.peer_vulkan_generate, vulkan=True)
         rounds.append(turn)
-    own = {k: statistics.median(r["vkllm"][k] for r in rounds) for k in ("pp_tok_s", "tg_tok_s", "load_s", "ttft_s", "rss_bytes", "busy")}
-    peers = {p: {k: statistics.median(r[p][k] for r in rounds) for k in rounds[0][p]} for p in ("cpu", "vulkan") if p in rounds[0]}
+    own = {
+        k: statistics.median(r["vkllm"][k] for r in rounds)
+        for k in ("pp_tok_s", "tg_tok_s", "load_s", "ttft_s", "rss_bytes", "busy")
+    }
+    peers = {
+        p: {k: statistics.median(r[p][k] for r in rounds) for k in rounds[0][p]} for p in ("cpu", "vulkan") if p in rounds[0]
+    }
     ratios = {f"{k}_vs_{p}": own[f"{k}_tok_s"] / v for p, figures in peers.items() for k, v in figures.items()}
     last = rounds[-1]["vkllm"]
     busy = statistics.median(r["busy"] for r in rounds)
@@ -76,7 +95,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "n_prompt": args.prompt,
         "n_generate": args.generate,
-        "vkllm": own | {"rss_over_file": own["rss_bytes"] / last["file_bytes"], "dispatches_per_layer": last["dispatches_per_layer"]},
+        "vkllm": own
+        | {"rss_over_file": own["rss_bytes"] / last["file_bytes"], "dispatches_per_layer": last["dispatches_per_layer"]},
         "llama.cpp": peers,
         "ratios": ratios,
         "busy": busy,
@@ -92,7 +112,9 @@ def main() -> None:
     parser.add_argument("-p", "--prompt", type=int, default=512)
     parser.add_argument("-n", "--generate", type=int, default=64)
     parser.add_argument("-r", "--rounds", type=int, default=3)
-    parser.add_argument("--peer-vulkan-prompt", type=int, help="prompt tokens for the peer's Vulkan backend (slow); left out: not run")
+    parser.add_argument(
+        "--peer-vulkan-prompt", type=int, help="prompt tokens for the peer's Vulkan backend (slow); left out: not run"
+    )
     parser.add_argument("--peer-vulkan-generate", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args, args.vkllm_args = parser.parse_known_args()

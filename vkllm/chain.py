@@ -55,12 +55,19 @@ class Rows:
         blocks = np.asarray(table.blocks, np.uint32)
         slots = blocks[positions // table.block_size] * np.uint32(table.block_size) + positions % table.block_size
         wanted = {"none": 0, "last": 1, "all": n}[outputs]
-        return cls(np.asarray(token_ids, np.uint32), positions, slots.astype(np.uint32), positions + 1, blocks, np.arange(n - wanted, n, dtype=np.uint32))
+        return cls(
+            np.asarray(token_ids, np.uint32),
+            positions,
+            slots.astype(np.uint32),
+            positions + 1,
+            blocks,
+            np.arange(n - wanted, n, dtype=np.uint32),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The greedy token of each output row, u32 [n_output], and the logits behind it, f32 [n_output, n_vocab] (valid until the next step)."""
+    """The greedy token of each output row, u32 [n_output], and the logits behind it, f32 [n_output, n_vocab]."""
 
     tokens: NDArray[np.uint32]
     logits: NDArray[np.float32]
@@ -147,7 +154,7 @@ class ModelChain:
         return flat.reshape(n_row, stride)[:, : self.graph.buffers[name].n_col]
 
     def _finite(self, rows: Rows, output: Output) -> bool:
-        """Is the result free of NaN and infinity? The device counts them in the logits; without logits we look at the residual."""
+        """No NaN, no infinity? The device counts them in the logits; where none are wanted we look at the residual."""
         n_out = len(rows.output_rows)
         if n_out:
             return not self._buffers["argmax"].read(n_out * 16, dtype=np.uint32).reshape(n_out, 4)[:, 2].any()
@@ -163,7 +170,11 @@ class ModelChain:
 
         self._replay(rows, look)
         op = found[0] if found else self.graph.logits
-        raise NonFiniteError(f"{op} produced NaN or infinity", hint="run `vkllm diff` on this prompt: a damaged file, or a kernel that overflows", layer=op)
+        raise NonFiniteError(
+            f"{op} produced NaN or infinity",
+            hint="run `vkllm diff` on this prompt: a damaged file, or a kernel that overflows",
+            layer=op,
+        )
 
     def _bucket(self, n: int) -> int:
         """The smallest recording that holds n rows: 1, 2, 4, 8, 16, … up to the capacity."""

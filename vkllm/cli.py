@@ -20,7 +20,9 @@ from rich.table import Table
 from vkllm.config import ModelConfig, RuntimeConfig
 from vkllm.errors import HintedError, RequestError
 
-app = typer.Typer(help="Large language models on any Vulkan device.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(
+    help="Large language models on any Vulkan device.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+)
 err = Console(stderr=True, highlight=False)
 
 Model = Annotated[str, typer.Argument(help="A GGUF file, or `tiny`, the model that comes with vkllm.")]
@@ -94,12 +96,16 @@ def run(
             sys.stdout.flush()
             if event.result:
                 typer.echo()
-                print_speed(engine.device.info.name, engine.load_s, event.result.timings.prompt_tok_s, event.result.timings.decode_tok_s)
+                print_speed(
+                    engine.device.info.name, engine.load_s, event.result.timings.prompt_tok_s, event.result.timings.decode_tok_s
+                )
 
 
 def print_speed(device: str, load_s: float, prompt_tok_s: float, decode_tok_s: float) -> None:
     """The line under a generation."""
-    err.print(f"[dim]{device} · loaded in {load_s:.2f} s · prompt {prompt_tok_s:.1f} tok/s · generation {decode_tok_s:.1f} tok/s[/dim]")
+    err.print(
+        f"[dim]{device} · loaded in {load_s:.2f} s · prompt {prompt_tok_s:.1f} tok/s · generation {decode_tok_s:.1f} tok/s[/dim]"
+    )
 
 
 @app.command()
@@ -177,7 +183,11 @@ def doctor(device: DeviceOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def inspect(model: Model, tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False, as_json: JsonOption = False) -> None:
+def inspect(
+    model: Model,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Show what a model file holds, without loading it."""
     from vkllm.files import resolve_model
     from vkllm.files.gguf import GGUFFile
@@ -190,7 +200,15 @@ def inspect(model: Model, tensors: Annotated[bool, typer.Option("--tensors", hel
         n_parameter = sum(int(np.prod(t.shape)) for t in file.tensors.values())
         if as_json:
             rows = [{"name": t.name, "shape": list(t.shape), "type": t.type, "nbytes": t.nbytes} for t in file.tensors.values()]
-            print_json({"config": config, "version": file.version, "n_parameter": n_parameter, "types": types, "tensors": rows if tensors else len(rows)})
+            print_json(
+                {
+                    "config": config,
+                    "version": file.version,
+                    "n_parameter": n_parameter,
+                    "types": types,
+                    "tensors": rows if tensors else len(rows),
+                }
+            )
             return
         console = Console()
         table = Table("key", "value", title=str(model))
@@ -208,7 +226,9 @@ def inspect(model: Model, tensors: Annotated[bool, typer.Option("--tensors", hel
 def tokenize(
     model: Model,
     text: Annotated[str, typer.Argument(help="The text; `-` reads standard input.")],
-    no_special: Annotated[bool, typer.Option("--no-special", help="No BOS or EOS; control tokens in the text stay text.")] = False,
+    no_special: Annotated[
+        bool, typer.Option("--no-special", help="No BOS or EOS; control tokens in the text stay text.")
+    ] = False,
 ) -> None:
     """Print the token ids of a text as a JSON list."""
     from vkllm.files import resolve_model
@@ -244,7 +264,11 @@ def diff(
         for d in report.ops:
             table.add_row(d.op, f"{d.nmse:.2e}", f"{d.max_abs:.2e}", style="red" if d == first else None)
         Console().print(table)
-        Console().print(f"first divergence: {first.op} (NMSE {first.nmse:.2e} > {limit:.0e})" if first else f"no op differs by more than {limit:.0e}")
+        Console().print(
+            f"first divergence: {first.op} (NMSE {first.nmse:.2e} > {limit:.0e})"
+            if first
+            else f"no op differs by more than {limit:.0e}"
+        )
     raise typer.Exit(1 if first else 0)
 
 
@@ -294,7 +318,7 @@ def logits(
 
 
 def parse_ids(text: str) -> list[int]:
-    """"1,2,3" as a list.
+    """ "1,2,3" as a list.
 
     Raises: RequestError: something that is no number.
     """

@@ -170,7 +170,6 @@ class RuntimeConfig:
     """How to run a model. `n_ctx` None: what the model was trained for, as far as memory allows.
 
     `prefill_chunk`: prompt tokens in one replayed recording. `block_size`: KV-cache positions in a block.
-    `submit_ms`: longest that one submit should keep the device busy.
     `activations`: "int8" quantizes them before matrix products, "auto" where that is faster. `submit_ms`: about how long one
     submit may run: drivers kill work that takes seconds, and pacing acts between submits.
     """
@@ -182,7 +181,6 @@ class RuntimeConfig:
     n_seq: int = 1
     block_size: int = 32
     submit_ms: float = 100.0
-    submit_ms: float = 200.0
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -196,5 +194,3 @@ class RuntimeConfig:
             raise ConfigError(f"submit_ms is {self.submit_ms}; expected more than 0", hint="leave it out for 100")
         if self.block_size % 8:
             raise ConfigError(f"block_size is {self.block_size}; expected a multiple of 8", hint="leave it out for 32")
-        if not self.submit_ms > 0:
-            raise ConfigError(f"submit_ms is {self.submit_ms!r}; expected a positive number", hint="leave it out for 200")

@@ -12,6 +12,7 @@ import numpy as np
 
 from vkllm.errors import HintedError
 from vkllm.vk import Binding, Device, list_devices, open_device
+from vkllm.vk.cache import directory
 
 INSTALL_DRIVERS = "install a Vulkan driver: `apt install mesa-vulkan-drivers` (AMD, Intel, CPU) or NVIDIA's own driver"
 
@@ -36,7 +37,9 @@ def examine(selector: str | int | None = None) -> list[Check]:
     except HintedError as error:
         return [*checks, Check("device", False, error.message, error.hint)]
     with device:
-        checks.append(Check("device", True, f"{device.info.name} ({device.info.kind}, {device.info.driver_name} {device.info.driver_info})"))
+        checks.append(
+            Check("device", True, f"{device.info.name} ({device.info.kind}, {device.info.driver_name} {device.info.driver_info})")
+        )
         checks += [memory(device), kernel_result(device)]
     return checks
 
@@ -66,9 +69,7 @@ def permissions() -> Check:
 
 def caches() -> Iterator[Check]:
     """The pipeline cache must be writable, or every start compiles all kernels again."""
-    from vkllm.vk import cache_directory
-
-    folder = cache_directory()
+    folder = directory()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         ok = os.access(folder, os.W_OK)
@@ -80,12 +81,19 @@ def caches() -> Iterator[Check]:
 def memory(device: Device) -> Check:
     """Room for at least a small model."""
     available, total = device.memory_budget()
-    return Check("memory", available >= 256 << 20, f"{available / 2**30:.1f} of {total / 2**30:.1f} GiB free", "close what uses the device's memory")
+    return Check(
+        "memory",
+        available >= 256 << 20,
+        f"{available / 2**30:.1f} of {total / 2**30:.1f} GiB free",
+        "close what uses the device's memory",
+    )
 
 
 def kernel_result(device: Device) -> Check:
     """Compile one kernel, run it, and compare with numpy."""
-    return _attempt("kernel", lambda: _scale_and_add(device), "report the driver's version with this output; another device: --device")
+    return _attempt(
+        "kernel", lambda: _scale_and_add(device), "report the driver's version with this output; another device: --device"
+    )
 
 
 def _attempt(name: str, action: Callable[[], str | None], next_step: str) -> Check:

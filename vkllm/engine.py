@@ -140,7 +140,7 @@ class LLMEngine:
         return self._run(prompt_ids, params, n_max)
 
     def _run(self, prompt_ids: list[int], params: SamplingParams, n_max: int) -> Iterator[StreamEvent]:
-        sampler, decoder, stop = Sampler(params), self.tokenizer.stream(), StopMatcher(params.stop)
+        sampler, decoder, stop = Sampler(params), self.tokenizer.stream(prompt_ids), StopMatcher(params.stop)
         ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.tokenizer.eos_ids)
         started = time.perf_counter()
         ids: list[int] = []
@@ -212,9 +212,14 @@ class LLMEngine:
             raise RequestError("the prompt is empty", hint="give at least one token")
         bad = next((i for i in ids if not 0 <= i < self.config.n_vocab), None)
         if bad is not None:
-            raise RequestError(f"token id {bad} is outside the vocabulary of {self.config.n_vocab}", hint="encode the text with this model's tokenizer")
+            raise RequestError(
+                f"token id {bad} is outside the vocabulary of {self.config.n_vocab}",
+                hint="encode the text with this model's tokenizer",
+            )
         if len(ids) > self.n_ctx:
-            raise ContextTooLongError(f"the prompt has {len(ids)} tokens; the context holds {self.n_ctx}", hint="shorten it, or raise n_ctx")
+            raise ContextTooLongError(
+                f"the prompt has {len(ids)} tokens; the context holds {self.n_ctx}", hint="shorten it, or raise n_ctx"
+            )
 
     def forget(self) -> None:
         """Empty the cache: the next prompt is computed from its first token."""
@@ -262,5 +267,3 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
             break
         n += 1
     return n
-
-

@@ -12,6 +12,9 @@ from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
+from vkllm_shaders.embed import embed
+from vkllm_shaders.embed import groups as embed_groups
+from vkllm_shaders.matmul import MatmulSpec, matmul
 
 from vkllm.config import RuntimeConfig
 from vkllm.errors import UnsupportedQuantError
@@ -24,9 +27,7 @@ from vkllm.vk.types import Format as TexelFormat
 from vkllm_codegen import Binding as KernelBinding
 from vkllm_codegen import Kernel, f32, f32x4, u32, u32x4
 from vkllm_shaders.attention import AttentionSpec, direct
-from vkllm_shaders.embed import embed
-from vkllm_shaders.formats import Layout, row_order
-from vkllm_shaders.matmul import MatmulSpec, matmul
+from vkllm_shaders.formats import FORMATS, Layout, row_order
 from vkllm_shaders.sample import SampleSpec, argmax, top_k
 
 ROW_ALIGN = 64  # floats: rows of activations are padded to whole steps of the matrix kernels
@@ -45,7 +46,9 @@ def texel_format(binding: KernelBinding) -> TexelFormat | None:
 class Lowering:
     """Turns a graph's ops into dispatches for one device. Pure: it allocates nothing."""
 
-    def __init__(self, graph: Graph, file: GGUFFile, device: DeviceInfo, runtime: RuntimeConfig, n_ctx: int, n_block: int) -> None:
+    def __init__(
+        self, graph: Graph, file: GGUFFile, device: DeviceInfo, runtime: RuntimeConfig, n_ctx: int, n_block: int
+    ) -> None:
         c, lanes = graph.config, device.limits.subgroup_size
         self.graph, self.runtime, self.n_ctx, self.n_block = graph, runtime, n_ctx, n_block
         self.capacity = max(runtime.prefill_chunk, runtime.n_seq)
@@ -108,7 +111,9 @@ class Lowering:
         else:
             if len({self._types[part.weight] for part in op.parts}) > 1:
                 names = ", ".join(f"{part.weight} is {self._types[part.weight]}" for part in op.parts)
-                raise UnsupportedQuantError(f"{names}; the fused kernel needs one type", hint="re-quantize with one type for both")
+                raise UnsupportedQuantError(
+                    f"{names}; the fused kernel needs one type", hint="re-quantize with one type for both"
+                )
             yield self._matrix(op.parts, op.epilogue)
 
     def _matrix(self, parts: tuple[Part, ...], epilogue: str) -> Matrix:
@@ -136,26 +141,46 @@ class Lowering:
         return None if isinstance(op, Argmax) else op.y
 
     def _make(
-        self, op: Op, kernel: Kernel, buffers: Mapping[str, str], push: Mapping[str, int | float], groups: tuple[int, int, int], cost_us: float
+        self,
+        op: Op,
+        kernel: Kernel,
+        buffers: Mapping[str, str],
+        push: Mapping[str, int | float],
+        groups: tuple[int, int, int],
+        cost_us: float,
     ) -> Dispatch:
         """A dispatch of a kernel that finds what it binds and pushes by name."""
         values = {name: push[name] for name, _, _ in kernel.push}
-        return Dispatch(op.name, kernel, tuple(buffers[b.name] for b in kernel.bindings), kernel.pack_push(**values), groups, cost_us)
+        return Dispatch(
+            op.name, kernel, tuple(buffers[b.name] for b in kernel.bindings), kernel.pack_push(**values), groups, cost_us
+        )
 
     def _embed(self, op: Embed, n_row: int) -> Dispatch:
         (matrix,) = self._by_op[op.name]
-        kernel = embed(matrix.fmt, self.layout)
-        push = {"n_col": matrix.n_col, "n_row": matrix.n_row, "n_token": n_row, "x_stride": self.stride(op.y) // 4, "y_stride": self.stride(op.y)}
-        return self._make(op, kernel, {"w": matrix.name, "x": op.y, "y": op.y, "params": "params"}, push, (1, n_row, 1), 20.0)
+        push = {"n_chunk": FORMATS[matrix.fmt].n_chunk(matrix.n_col), "x_stride": self.stride(op.y) // 4}
+        buffers = {"w": matrix.name, "x": op.y, "params": "params"}
+        groups = embed_groups(matrix.fmt, matrix.n_col, n_row)
+        return self._make(op, embed(matrix.fmt, self.layout), buffers, push, groups, 20.0)
 
-    def _matmul(self, op: Linear | Qkv, matrix: Matrix, spec: MatmulSpec, n_row: int, buffers: dict[str, str], push: dict[str, int | float]) -> Dispatch:
+    def _matmul(
+        self,
+        op: Linear | Qkv,
+        matrix: Matrix,
+        spec: MatmulSpec,
+        n_row: int,
+        buffers: dict[str, str],
+        push: dict[str, int | float],
+    ) -> Dispatch:
         """What all matrix kernels have in common."""
-        buffers |= {"w": matrix.name, "x": op.x, "params": "params", "bias": _bias_name(matrix)} | ({"norm_w": op.norm} if op.norm else {})
+        buffers |= {"w": matrix.name, "x": op.x, "params": "params", "bias": _bias_name(matrix)} | (
+            {"norm_w": op.norm} if op.norm else {}
+        )
+        push |= {"n_chunk": FORMATS[matrix.fmt].n_chunk(matrix.n_col), "n_group": matrix.n_group, "n_token": n_row}
         push |= {"n_col": matrix.n_col, "x_stride": self.stride(op.x) // 4, "eps": self.graph.config.rms_norm_eps}
         tiles = -(-n_row // spec.tile)
         bytes_a_us, macs_a_us = self._rate
         cost_us = max(matrix.nbytes * tiles / bytes_a_us, matrix.n_row * matrix.n_col * n_row / macs_a_us)
-        return self._make(op, matmul(spec), buffers, push, (matrix.n_group, tiles, 1), cost_us)
+        return self._make(op, matmul(spec), buffers, push, spec.groups(len(matrix.order), n_row), cost_us)
 
     def _spec(self, op: Linear | Qkv, matrix: Matrix, epilogue: str, n_row: int, gather: bool = False) -> MatmulSpec:
         return MatmulSpec(
@@ -167,36 +192,65 @@ class Lowering:
             epilogue=epilogue,  # type: ignore[arg-type]
             activations=self.activations,  # type: ignore[arg-type]
             gather=gather,
-            rope_pairing=self.graph.config.rope_pairing,
+            rope_pairing=self.graph.config.rope_pairing if epilogue == "qkv" else "interleaved",
+            head_dim=self.graph.config.head_dim if epilogue == "qkv" else 0,
+            subgroup=self.lanes,
         )
 
     def _linear(self, op: Linear, n_row: int, n_out: int) -> Dispatch:
         (matrix,) = self._by_op[op.name]
         rows = n_out if op.gather else n_row
         n_y = matrix.n_row // 2 if op.epilogue == "swiglu" else matrix.n_row
-        push: dict[str, int | float] = {"n_row": n_y, "y_stride": self.stride(op.y), "n_token": rows, "capacity": n_row}
+        push: dict[str, int | float] = {"n_row": n_y, "y_stride": self.stride(op.y), "first_row": 0, "capacity": n_row}
         return self._matmul(op, matrix, self._spec(op, matrix, op.epilogue, rows, op.gather), rows, {"y": op.y}, push)
 
     def _qkv(self, op: Qkv, matrix: Matrix, n_row: int) -> Dispatch:
         c = self.graph.config
         first = sum(p.n_row for p in op.parts[: op.parts.index(matrix.parts[0])])
-        push: dict[str, int | float] = {
-            "n_token": n_row, "capacity": n_row, "first_row": first, "n_row": matrix.n_row, "n_head": c.n_head, "n_kv_head": c.n_kv_head, "head_dim": c.head_dim,
-        }  # fmt: skip
+        push: dict[str, int | float] = {"capacity": n_row, "first_row": first, "n_row": matrix.n_row, "n_head": c.n_head}
+        push |= {"n_kv_head": c.n_kv_head}
         buffers = {"q": op.y, "k": f"k.{op.layer}", "v": f"v.{op.layer}", "rope": "rope"}
         return self._matmul(op, matrix, self._spec(op, matrix, "qkv", n_row), n_row, buffers, push)
 
     def _attend(self, op: Attention, n_row: int) -> Dispatch:
         c = self.graph.config
-        buffers = {"q": op.q, "k": f"k.{op.layer}", "v": f"v.{op.layer}", "block_table": "block_table", "params": "params", "out": op.y}
+        buffers = {
+            "q": op.q,
+            "k": f"k.{op.layer}",
+            "v": f"v.{op.layer}",
+            "block_table": "block_table",
+            "params": "params",
+            "out": op.y,
+        }
         macs = 2 * n_row * c.n_head * c.head_dim * self.n_ctx
-        return self._make(op, direct(self._attention), buffers, {"n_token": n_row, "n_kv_head": c.n_kv_head}, (1, c.n_kv_head, n_row), macs / self._rate[1])
+        return self._make(
+            op,
+            direct(self._attention),
+            buffers,
+            {"n_token": n_row, "n_kv_head": c.n_kv_head},
+            (1, c.n_kv_head, n_row),
+            macs / self._rate[1],
+        )
 
     def _greedy(self, op: Argmax, n_out: int) -> list[Dispatch]:
         n_vocab = self.graph.config.n_vocab
         n_segment = self._sample.n_segment(n_vocab)
-        find = self._make(op, top_k(self._sample), {"logits": op.logits, "candidates": "candidates"}, {"n_vocab": n_vocab}, (n_segment, n_out, 1), 50.0)
-        merge = self._make(op, argmax(self._sample), {"candidates": "candidates", "result": "argmax"}, {"n_segment": n_segment}, (n_out, 1, 1), 10.0)
+        find = self._make(
+            op,
+            top_k(self._sample),
+            {"logits": op.logits, "candidates": "candidates"},
+            {"n_vocab": n_vocab},
+            (n_segment, n_out, 1),
+            50.0,
+        )
+        merge = self._make(
+            op,
+            argmax(self._sample),
+            {"candidates": "candidates", "result": "argmax"},
+            {"n_segment": n_segment},
+            (n_out, 1, 1),
+            10.0,
+        )
         return [find, merge]
 
 

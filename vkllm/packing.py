@@ -1,7 +1,7 @@
 """Weights on their way to the device: which matrices are packed together, in which row order, and the upload itself.
 
 A file's blocks are the interchange format. At load each matrix is repacked for the device's schedule, slab by slab, straight into
-device memory where it is mapped, through a bounded buffer where it is not; the file's pages are dropped as soon as they are packed.
+device memory where it is mapped, through a bounded buffer where it is not; the file's pages are dropped once they are packed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,14 @@ def load_weights(device: Device, file: GGUFFile, matrices: Sequence[Matrix], *, 
 
     Raises: OutOfDeviceMemoryError.
     """
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=Console(stderr=True), disable=not progress)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=Console(stderr=True),
+        disable=not progress,
+    )
     buffers: dict[str, Buffer] = {}
     with bar, ThreadPoolExecutor(2) as pool:
         task = bar.add_task("loading", total=sum(m.nbytes for m in matrices))
