@@ -16,7 +16,7 @@ PACKAGES = {"vkllm_codegen": ROOT / "codegen", "vkllm_shaders": ROOT / "shaders"
 STAGES = (
     *("errors", "debug", "config", "files", "tokenizer", "chat"),  # the file and the text
     *("vk",),  # devices; the only part that loads the native module
-    *("plan", "models", "weights", "rope", "packing", "kernels", "schedule"),  # the plan, and what it becomes
+    *("plan", "models", "weights", "rope", "packing", "schedule", "kernels"),  # the plan, and what it becomes
     *("kv_cache", "scheduler", "sampler", "homeostasis", "sensors"),  # policies
     *("chain", "reference", "engine", "diff", "benchmark", "doctor", "serve", "cli", "__main__"),
 )
@@ -67,7 +67,8 @@ def test_the_lower_packages_need_nothing_above_them(package: str) -> None:
         f"{name} imports {m}"
         for name, file in modules(package)
         for m, top in imports(name, file)
-        if m.split(".")[0] not in allowed or (package == "vkllm_codegen" and m == "numpy" and top and "interpret" not in name)
+        if (m.split(".")[0] not in allowed and not (m.startswith("gguf") and "reference" in name))  # an oracle from another program
+        or (package == "vkllm_codegen" and m == "numpy" and top and "interpret" not in name)
     ]
     assert wrong == []
 

@@ -47,8 +47,8 @@ class DeviceLimits:
     max_buffer_bytes: int = 1 << 30
 
 
-# What Vulkan 1.1 guarantees, with the features that the kernels use everywhere. One exception: Vulkan guarantees 65,536 texels, but
-# drivers of real computers offer 2**27 or more, and the schedules count on it.
+# What Vulkan 1.1 guarantees, with the features that the kernels use everywhere. One exception: Vulkan guarantees 65,536 texels,
+# but drivers of real computers offer 2**27 or more, and the schedules count on it.
 MINIMUM_LIMITS = DeviceLimits(
     max_storage_buffer_range=1 << 27,
     max_texel_elements=1 << 27,
