@@ -108,13 +108,18 @@ class Kernel:
 
     def pack_push(self, **values: int | float) -> bytes:
         """The push-constant bytes of these values; all must be given."""
-        names = [name for name, _, _ in self.push]
-        if sorted(values) != sorted(names):
-            fail(f"push constants of {self.name} are {names}, found {sorted(values)}")
-        data = bytearray(self.push_bytes)
-        for name, dtype, offset in self.push:
-            struct.pack_into("<" + _PUSH_FORMAT[dtype], data, offset, values[name])
-        return bytes(data)
+        return pack_push(self.name, self.push, values)
+
+
+def pack_push(kernel: str, push: tuple[tuple[str, DType, int], ...], values: Mapping[str, int | float]) -> bytes:
+    """Push-constant bytes of (name, type, offset) entries. Raises: TraceError: a value is missing or unknown."""
+    names = [name for name, _, _ in push]
+    if sorted(values) != sorted(names):
+        fail(f"push constants of {kernel} are {names}, found {sorted(values)}")
+    data = bytearray(max((offset + dtype.itemsize for _, dtype, offset in push), default=0))
+    for name, dtype, offset in push:
+        struct.pack_into("<" + _PUSH_FORMAT[dtype], data, offset, values[name])
+    return bytes(data)
 
 
 _PUSH_FORMAT = {u32: "I", i32: "i", f32: "f"}
