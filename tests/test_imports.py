@@ -16,7 +16,7 @@ PACKAGES = {"vkllm_codegen": ROOT / "codegen", "vkllm_shaders": ROOT / "shaders"
 STAGES = (
     *("errors", "debug", "config", "files", "tokenizer", "chat"),  # the file and the text
     *("vk",),  # devices; the only part that loads the native module
-    *("plan", "models", "weights", "rope", "packing", "schedule", "kernels"),  # the plan, and what it becomes
+    *("plan", "models", "weights", "rope", "packing", "kernel_cache", "schedule", "kernels"),  # the plan, and what it becomes
     *("kv_cache", "scheduler", "sampler", "homeostasis", "sensors"),  # policies
     *("chain", "reference", "engine", "diff", "benchmark", "doctor", "serve", "cli", "__main__"),
 )

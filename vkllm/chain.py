@@ -226,7 +226,7 @@ class ModelChain:
     def _pipeline(self, step: Dispatch) -> Pipeline:
         kernel = step.kernel
         kinds = tuple(b.kind for b in kernel.bindings)
-        return self.device.pipeline(kernel.name, kernel.spirv(), kinds, kernel.push_bytes)
+        return self.device.pipeline(kernel.name, kernel.code, kinds, kernel.push_bytes, features=kernel.features)
 
     def _zeroed(self, name: str, nbytes: int) -> Buffer:
         """A buffer of zeros: padding columns are read, so they must not hold NaN."""

@@ -53,7 +53,9 @@ def diff(engine: LLMEngine, token_ids: Sequence[int], limit: float = 1e-4) -> Di
     """
     ids = list(token_ids)[: engine.runtime.prefill_chunk]
     expected: dict[str, NDArray[np.floating]] = {}
-    ReferenceExecutor(engine.graph, engine.file, n_ctx=engine.n_ctx).forward(ids, watch=lambda op, y: expected.update({op: np.array(y)}))
+    ReferenceExecutor(engine.graph, engine.file, n_ctx=engine.n_ctx).forward(
+        ids, watch=lambda op, y: expected.update({op: np.array(y)})
+    )
 
     found: list[OpDifference] = []
 

@@ -19,13 +19,14 @@ from vkllm_shaders.matmul import MatmulSpec, matmul
 from vkllm.config import RuntimeConfig
 from vkllm.errors import UnsupportedQuantError
 from vkllm.files.gguf import GGUFFile
+from vkllm.kernel_cache import CompiledKernel, KernelCache
 from vkllm.packing import Matrix
 from vkllm.plan import Argmax, Attention, Embed, Graph, Linear, Op, Part, Qkv
 from vkllm.schedule import Dispatch
 from vkllm.vk import DeviceInfo
 from vkllm.vk.types import Format as TexelFormat
 from vkllm_codegen import Binding as KernelBinding
-from vkllm_codegen import Kernel, f32, f32x4, u32, u32x4
+from vkllm_codegen import f32, f32x4, u32, u32x4
 from vkllm_shaders.attention import AttentionSpec, direct
 from vkllm_shaders.formats import FORMATS, Layout, row_order
 from vkllm_shaders.sample import SampleSpec, argmax, top_k
@@ -56,6 +57,7 @@ class Lowering:
         self.lanes = lanes
         self.layout = Layout("lane_row", lanes=lanes) if cpu else Layout("lane_chunk", lanes=1)
         self.activations: str = "f32" if runtime.activations == "auto" else runtime.activations
+        self._kernels = KernelCache()
         self._rate = RATES.get(device.kind, DISCRETE_RATE)
         group = c.n_head // c.n_kv_head
         self._attention = AttentionSpec(c.head_dim, group, runtime.block_size, lanes, schedule=self.layout.kind)
@@ -143,7 +145,7 @@ class Lowering:
     def _make(
         self,
         op: Op,
-        kernel: Kernel,
+        kernel: CompiledKernel,
         buffers: Mapping[str, str],
         push: Mapping[str, int | float],
         groups: tuple[int, int, int],
@@ -160,7 +162,7 @@ class Lowering:
         push = {"n_chunk": FORMATS[matrix.fmt].n_chunk(matrix.n_col), "x_stride": self.stride(op.y) // 4}
         buffers = {"w": matrix.name, "x": op.y, "params": "params"}
         groups = embed_groups(matrix.fmt, matrix.n_col, n_row)
-        return self._make(op, embed(matrix.fmt, self.layout), buffers, push, groups, 20.0)
+        return self._make(op, self._kernels.get(embed, matrix.fmt, self.layout), buffers, push, groups, 20.0)
 
     def _matmul(
         self,
@@ -180,7 +182,7 @@ class Lowering:
         tiles = -(-n_row // spec.tile)
         bytes_a_us, macs_a_us = self._rate
         cost_us = max(matrix.nbytes * tiles / bytes_a_us, matrix.n_row * matrix.n_col * n_row / macs_a_us)
-        return self._make(op, matmul(spec), buffers, push, spec.groups(len(matrix.order), n_row), cost_us)
+        return self._make(op, self._kernels.get(matmul, spec), buffers, push, spec.groups(len(matrix.order), n_row), cost_us)
 
     def _spec(self, op: Linear | Qkv, matrix: Matrix, epilogue: str, n_row: int, gather: bool = False) -> MatmulSpec:
         return MatmulSpec(
@@ -225,7 +227,7 @@ class Lowering:
         macs = 2 * n_row * c.n_head * c.head_dim * self.n_ctx
         return self._make(
             op,
-            direct(self._attention),
+            self._kernels.get(direct, self._attention),
             buffers,
             {"n_token": n_row, "n_kv_head": c.n_kv_head},
             (1, c.n_kv_head, n_row),
@@ -237,7 +239,7 @@ class Lowering:
         n_segment = self._sample.n_segment(n_vocab)
         find = self._make(
             op,
-            top_k(self._sample),
+            self._kernels.get(top_k, self._sample),
             {"logits": op.logits, "candidates": "candidates"},
             {"n_vocab": n_vocab},
             (n_segment, n_out, 1),
@@ -245,7 +247,7 @@ class Lowering:
         )
         merge = self._make(
             op,
-            argmax(self._sample),
+            self._kernels.get(argmax, self._sample),
             {"candidates": "candidates", "result": "argmax"},
             {"n_segment": n_segment},
             (n_out, 1, 1),

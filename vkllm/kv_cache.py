@@ -41,7 +41,10 @@ class BlockPool:
         """
         need = -(-n_token // self.block_size) - len(table.blocks)
         if need > self.n_free:
-            raise CacheFullError(f"{n_token} tokens need {need} more KV-cache blocks; {self.n_free} are free", hint="raise n_ctx, or wait for a sequence to end")
+            raise CacheFullError(
+                f"{n_token} tokens need {need} more KV-cache blocks; {self.n_free} are free",
+                hint="raise n_ctx, or wait for a sequence to end",
+            )
         table.blocks.extend(self._free.pop() for _ in range(max(need, 0)))
 
     def free(self, table: BlockTable) -> None:

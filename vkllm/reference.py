@@ -23,7 +23,15 @@ Watch = Callable[[str, Array], None]
 class ReferenceExecutor:
     """Runs one sequence. `forward` may be called with one token or many: positions go on from call to call."""
 
-    def __init__(self, graph: Graph, file: GGUFFile, *, n_ctx: int = 4096, dtype: type[np.floating] = np.float32, cache_bytes: int = 3 << 30) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        file: GGUFFile,
+        *,
+        n_ctx: int = 4096,
+        dtype: type[np.floating] = np.float32,
+        cache_bytes: int = 3 << 30,
+    ) -> None:
         self.graph, self.file, self.dtype = graph, file, dtype
         factors = vector(file, graph.rope_factors) if graph.rope_factors else None
         self._rope = rope_table(graph.config, n_ctx, factors).astype(np.float64)
@@ -91,7 +99,11 @@ class ReferenceExecutor:
         cos, sin = table[..., 0], table[..., 1]
         out = np.empty(x.shape, np.float64)
         half = x.shape[-1] // 2
-        a, b = (slice(None, half), slice(half, None)) if self.graph.config.rope_pairing == "half" else (slice(None, None, 2), slice(1, None, 2))
+        a, b = (
+            (slice(None, half), slice(half, None))
+            if self.graph.config.rope_pairing == "half"
+            else (slice(None, None, 2), slice(1, None, 2))
+        )
         out[..., a] = x[..., a] * cos - x[..., b] * sin
         out[..., b] = x[..., a] * sin + x[..., b] * cos
         return out.astype(self.dtype)

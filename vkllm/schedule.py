@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from vkllm_codegen import Kernel
+from vkllm.kernel_cache import CompiledKernel
 
 Access = Literal["read", "write", "readwrite"]
 Command = TypeVar("Command")
@@ -21,7 +21,7 @@ class Dispatch:
     """One kernel on named buffers. `cost_us` is a rough estimate of its time, for bounding submits."""
 
     op: str
-    kernel: Kernel
+    kernel: CompiledKernel
     buffers: tuple[str, ...]
     push: bytes
     groups: tuple[int, int, int]

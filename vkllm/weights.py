@@ -21,7 +21,9 @@ def _tensor(file: GGUFFile, name: str, shape: tuple[int, ...]) -> TensorInfo:
     if info is None:
         raise FileFormatError(f"tensor {name} is missing", hint="the file is incomplete or of another architecture than it says")
     if info.shape != shape:
-        raise FileFormatError(f"tensor {name} has shape {list(info.shape)}; expected {list(shape)}", hint="the metadata contradicts the tensors")
+        raise FileFormatError(
+            f"tensor {name} has shape {list(info.shape)}; expected {list(shape)}", hint="the metadata contradicts the tensors"
+        )
     return info
 
 
@@ -45,11 +47,15 @@ def check_weights(graph: Graph, file: GGUFFile) -> None:
     for part in graph.parts():
         info = _tensor(file, part.weight, (part.n_row, part.n_col))
         if info.type not in FORMATS:
-            raise UnsupportedQuantError(f"{part.weight} is {info.type}; expected one of {', '.join(FORMATS)}", hint="re-quantize as Q4_K_M")
+            raise UnsupportedQuantError(
+                f"{part.weight} is {info.type}; expected one of {', '.join(FORMATS)}", hint="re-quantize as Q4_K_M"
+            )
     for name, length in vector_lengths(graph).items():
         info = _tensor(file, name, (length,))
         if info.type not in ("F32", "F16", "BF16"):
-            raise UnsupportedQuantError(f"{name} is {info.type}; expected F32, F16 or BF16", hint="vectors are never quantized: convert the model again")
+            raise UnsupportedQuantError(
+                f"{name} is {info.type}; expected F32, F16 or BF16", hint="vectors are never quantized: convert the model again"
+            )
 
 
 def vector(file: GGUFFile, name: str) -> NDArray[np.float32]:
