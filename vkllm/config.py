@@ -125,12 +125,11 @@ class ModelConfig:
 
 def _refuse_unsupported(meta: _Metadata, arch: str) -> None:
     """Metadata that changes the arithmetic in a way that we do not implement is refused, never ignored."""
-    scaling = meta.text(f"{arch}.rope.scaling.type", "none")
-    factor = meta.positive(f"{arch}.rope.scaling.factor", 1.0)
-    if scaling != "none" and factor != 1.0:
-        raise UnsupportedModelError(
-            f"{arch}.rope.scaling.type is {scaling!r} with factor {factor:g}", hint="use a model without RoPE scaling"
-        )
+    scaling, factor = meta.text(f"{arch}.rope.scaling.type", "none"), f"{arch}.rope.scaling.factor"
+    if scaling != "none" and (factor not in meta.pairs or meta.positive(factor) != 1.0):
+        raise UnsupportedModelError(f"{arch}.rope.scaling.type is {scaling!r}", hint="use a model without RoPE scaling")
+    if meta.positive(f"{arch}.rope.scale_linear", 1.0) != 1.0:
+        raise UnsupportedModelError(f"{arch}.rope.scale_linear is not 1", hint="use a model without RoPE scaling")
     n_expert = meta.integer(f"{arch}.expert_count", 0, least=0)
     if n_expert:
         raise UnsupportedModelError(f"{arch}.expert_count is {n_expert}: a mixture of experts", hint="use a dense model")

@@ -39,6 +39,8 @@ def metadata(arch: str = "llama", **changes: Any) -> Fake:
 def test_defaults() -> None:
     c = ModelConfig.from_gguf(metadata())
     assert (c.head_dim, c.rope_dim, c.rope_theta, c.rope_pairing, c.name, c.file_type) == (8, 8, 10000.0, "interleaved", "", None)
+    unscaled = {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}
+    assert ModelConfig.from_gguf(metadata(**unscaled)) == c
     assert ModelConfig.from_gguf(metadata("qwen2")).rope_pairing == "half"
     assert ModelConfig.from_gguf(metadata(**{"attention.head_count_kv": None})).n_kv_head == 8
     assert ModelConfig.from_gguf(metadata(**{"attention.key_length": 16, "attention.value_length": 16})).head_dim == 16
@@ -79,6 +81,8 @@ def test_contradictions(changes: dict[str, object], message: str) -> None:
     [
         ({"general.architecture": "mamba"}, "mamba"),
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "yarn"),
+        ({"rope.scaling.type": "longrope"}, "longrope"),
+        ({"rope.scale_linear": 4.0}, "scale_linear"),
         ({"expert_count": 8}, "mixture"),
         ({"attention.key_length": 16, "attention.value_length": 8}, "value_length"),
     ],
