@@ -1,12 +1,12 @@
 """Every kernel family of the package at representative specs: what `vkllm shaders OUT` exports and the tests sweep over.
 
-The engine makes kernels for the model and the device at hand; this list is for people and for tests, and holds each code path once.
+The engine makes kernels for the model and the device at hand; this list, for people and for tests, holds each code path once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from vkllm_codegen import Kernel
 from vkllm_shaders import attention, embed, matmul, rmsnorm, rope, sample, softmax
@@ -15,51 +15,62 @@ from vkllm_shaders.formats import FORMATS, Layout
 from vkllm_shaders.matmul import MatmulSpec
 from vkllm_shaders.sample import SampleSpec
 
-LANE_ROW, LANE_CHUNK = Layout("lane_row", 8, 4), Layout("lane_chunk", 1, 2)
-LAYOUTS = (LANE_ROW, LANE_CHUNK)
-LANES = {"lane_row": 8, "lane_chunk": 32}
+Entry = tuple[str, Callable[[], Kernel]]
+
 INT8_FORMATS = ("Q4_0", "Q8_0", "Q4_K", "Q6_K")
 
 
-@cache
-def all_kernels() -> tuple[Kernel, ...]:
-    """The kernels, named uniquely."""
-    return (*_matmul(), *_embed(), *_attention(), *_plain(), *_sample())
+def all_kernels(row_lanes: int = 8, chunk_lanes: int = 32) -> list[Kernel]:
+    """The kernels of `entries`, traced now (about 0.1 s each); their names are unique."""
+    return [make() for _, make in entries(row_lanes, chunk_lanes)]
 
 
-def _matmul() -> Iterator[Kernel]:
-    for layout in LAYOUTS:
-        for fmt in FORMATS:
-            yield matmul.matmul(MatmulSpec(fmt, layout))
-        yield matmul.matmul(MatmulSpec("Q5_0", layout, tile=4, norm=True, bias=True, epilogue="qkv", head_dim=64, rope_pairing="half"))
-        yield matmul.matmul(MatmulSpec("Q8_0", layout, tile=4, norm=True, epilogue="qkv", head_dim=64))
-        yield matmul.matmul(MatmulSpec("Q4_K", layout, norm=True, epilogue="swiglu"))
-        yield matmul.matmul(MatmulSpec("Q6_K", layout, tile=8, epilogue="residual"))
-        yield matmul.matmul(MatmulSpec("Q8_0", layout, norm=True, gather=True))
-    for fmt in INT8_FORMATS:
-        yield matmul.matmul(MatmulSpec(fmt, LANE_ROW, activations="int8"))
-        yield matmul.matmul(MatmulSpec(fmt, LANE_ROW, tile=8, activations="int8"))
+def entries(row_lanes: int = 8, chunk_lanes: int = 32) -> list[Entry]:
+    """(label, function that makes the kernel). The lanes are the subgroup sizes of the two schedules."""
+    matmuls = [(spec.name, partial(matmul.matmul, spec)) for spec in _matmul_specs(row_lanes, chunk_lanes)]
+    embeds = [
+        (f"embed_{fmt.lower()}_{layout.kind}", partial(embed.embed, fmt, layout))
+        for layout in _layouts(row_lanes)
+        for fmt in FORMATS
+    ]
+    return [*matmuls, *embeds, *_attention(row_lanes, chunk_lanes), *_plain(), *_sample(row_lanes, chunk_lanes)]
 
 
-def _embed() -> Iterator[Kernel]:
-    for layout in LAYOUTS:
-        for fmt in FORMATS:
-            yield embed.embed(fmt, layout)
+def _layouts(row_lanes: int) -> tuple[Layout, Layout]:
+    return Layout("lane_row", row_lanes, 4), Layout("lane_chunk", 1, 2)
 
 
-def _attention() -> Iterator[Kernel]:
-    for schedule in ("lane_row", "lane_chunk"):
-        for head_dim, group in ((64, 7), (128, 4), (8, 2)):
-            spec = AttentionSpec(head_dim, group, lanes=LANES[schedule], schedule=schedule)
-            yield attention.direct(spec)
+def _matmul_specs(row_lanes: int, chunk_lanes: int) -> Iterator[MatmulSpec]:
+    for layout in _layouts(row_lanes):
+        spec = partial(MatmulSpec, layout=layout, subgroup=chunk_lanes)
+        yield from (spec(fmt) for fmt in FORMATS)
+        yield spec("Q5_0", tile=4, norm=True, bias=True, epilogue="qkv", head_dim=64, rope_pairing="half")
+        yield spec("Q8_0", tile=4, norm=True, epilogue="qkv", head_dim=64)
+        yield spec("Q4_K", norm=True, epilogue="swiglu")
+        yield spec("Q6_K", tile=8, epilogue="residual")
+        yield spec("Q8_0", norm=True, gather=True)
+    yield from (MatmulSpec(fmt, _layouts(row_lanes)[0], activations="int8") for fmt in INT8_FORMATS)
+    yield MatmulSpec("Q4_0", _layouts(row_lanes)[0], tile=8, activations="int8")
+
+
+def _attention(row_lanes: int, chunk_lanes: int) -> Iterator[Entry]:
+    for head_dim, group in ((64, 7), (128, 4), (8, 2)):
+        for spec in (
+            AttentionSpec(head_dim, group, lanes=row_lanes),
+            AttentionSpec(head_dim, group, lanes=chunk_lanes, schedule="lane_chunk"),
+        ):
+            yield f"attention_direct_{spec.name}", partial(attention.direct, spec)
             if head_dim == 64:
-                yield from (attention.partial(spec), attention.combine(spec))
+                yield f"attention_partial_{spec.name}", partial(attention.partial, spec)
+                yield f"attention_combine_{spec.name}", partial(attention.combine, spec)
 
 
-def _plain() -> Iterator[Kernel]:
-    yield from (softmax.softmax(), rmsnorm.rmsnorm(), rope.rope(64, "interleaved"), rope.rope(64, "half"))
+def _plain() -> Iterator[Entry]:
+    yield from (("softmax", softmax.softmax), ("rmsnorm", rmsnorm.rmsnorm))
+    yield from ((f"rope_{pairing}", partial(rope.rope, 64, pairing)) for pairing in ("interleaved", "half"))
 
 
-def _sample() -> Iterator[Kernel]:
-    for spec in (SampleSpec(), SampleSpec(k=40), SampleSpec(lanes=32)):
-        yield from (sample.top_k(spec), sample.argmax(spec))
+def _sample(row_lanes: int, chunk_lanes: int) -> Iterator[Entry]:
+    for spec in dict.fromkeys((SampleSpec(lanes=row_lanes), SampleSpec(k=40, lanes=row_lanes), SampleSpec(lanes=chunk_lanes))):
+        yield f"top_k_{spec.k}_s{spec.lanes}", partial(sample.top_k, spec)
+        yield f"argmax_{spec.k}_s{spec.lanes}", partial(sample.argmax, spec)

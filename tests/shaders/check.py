@@ -5,7 +5,7 @@ What is checked, in this order:
 2. the numpy interpreter gives the expected outputs (where the case is small);
 3. the device gives them, by NMSE for floats and exactly for integers, without a new NaN or Inf;
 4. the guard bytes round every buffer are intact, and what the kernel only reads is unchanged;
-5. the first time a kernel is seen: its GLSL, compiled by glslang, gives the same numbers on the same device.
+5. on demand: the kernel's GLSL, compiled by glslang, gives the same numbers on the same device.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ GUARD_BYTE = 0xA5
 SMALL = 2048
 """Cases of at most this many invocations run in the interpreter too."""
 
-_TEXEL_FORMATS = {"u32x4": "rgba32ui", "f32x4": "rgba32f", "f16x4": "rgba16f", "u32": "r32ui"}
-_glsl_seen: set[str] = set()
+_TEXEL_FORMATS: dict[str, Any] = {"u32x4": "rgba32ui", "f32x4": "rgba32f", "f16x4": "rgba16f", "u32": "r32ui"}
 
 
 class KernelMismatch(AssertionError):
@@ -167,7 +166,7 @@ def run_on_device(
             buffer.free()
 
 
-def _texel_format(dtype: DType) -> str:
+def _texel_format(dtype: DType) -> Any:
     return _TEXEL_FORMATS[repr(dtype)]
 
 
@@ -229,14 +228,14 @@ def check_kernel(
     *,
     interpreted: bool | None = None,
     on_device: bool = True,
-    glsl: bool | None = None,
+    glsl: bool = False,
     subgroup_size: int | None = None,
 ) -> dict[str, Array]:
     """Run `kernel` everywhere it can run and compare with the oracle.
 
     Args: expected: output name → float64 (or integer) array; buffers: every binding's contents before the dispatch;
         outputs: the names to compare, default all of `expected`; interpreted: run the interpreter too, default: where the
-        case is small; glsl: run the GLSL path too, default: the first time this kernel is seen;
+        case is small; glsl: run the GLSL path too (test_catalog.py does, for every kernel);
         subgroup_size: what the kernel needs, default: what the device has.
     Returns: the buffers after the device's run (the interpreter's, when `on_device` is False).
     Raises: KernelMismatch.
@@ -257,12 +256,8 @@ def check_kernel(
     )
     result = run()
     compare(f"{kernel.name} (device)", result, expected, max_nmse)
-    if glsl if glsl is not None else kernel.name not in _glsl_seen:
-        _glsl_seen.add(kernel.name)
-        try:
-            code = compile_glsl(kernel.glsl())
-        except ModuleNotFoundError:  # the GLSL back end is on its way
-            return result
+    if glsl:
+        code = compile_glsl(kernel.glsl())
         if code is not None:
             same = {name: result[name].astype(_wide(result[name])) for name in expected}
             compare(f"{kernel.name} (GLSL)", run(spirv=code), same, 1e-10)
