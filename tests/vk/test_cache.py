@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from glsl import DOUBLE, spirv
 
 from vkllm.vk import Device, cache, open_device
-
-sys.path.insert(0, str(Path(__file__).parent))
-from glsl import DOUBLE, spirv
 
 
 def test_saved_at_close_and_loaded(device: Device, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -12,13 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from glsl import DOUBLE, KINDS, SPIN, spirv
 
 from vkllm.errors import DeviceError, DeviceLostError, MissingFeatureError, OutOfDeviceMemoryError
 from vkllm.vk import Binding, Device, Recording, choose_device, list_devices, open_device
 from vkllm.vk.device import STAGING_BYTES
-
-sys.path.insert(0, str(Path(__file__).parent))
-from glsl import DOUBLE, KINDS, SPIN, spirv
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["mapped", "staged"])
@@ -263,3 +263,17 @@ def test_device_choice(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_list_is_stable(device: Device) -> None:
     assert [d.name for d in list_devices()] == [d.name for d in list_devices()]
     assert device.info.limits.max_storage_buffer_range >= 1 << 27
+
+
+def test_lavapipe_lanes(device: Device) -> None:
+    if device.info.driver_name != "llvmpipe" or "avx512f" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("needs lavapipe on a CPU with AVX-512")
+    code = (
+        "from vkllm.vk import list_devices as l; print([d.limits.subgroup_size for d in l() if d.driver_name == 'llvmpipe'][0])"
+    )
+    for lanes in ("8", "16"):
+        env = {k: v for k, v in os.environ.items() if not k.startswith("LP_")} | {"VKLLM_LAVAPIPE_LANES": lanes}
+        assert (
+            subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()
+            == lanes
+        )

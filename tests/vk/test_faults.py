@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from glsl import DOUBLE, spirv
 
 from vkllm.errors import DeviceError, DeviceLostError, MissingFeatureError, OutOfDeviceMemoryError
 from vkllm.vk import Binding, Device, Recording, list_devices, open_device
-
-sys.path.insert(0, str(Path(__file__).parent))
-from glsl import DOUBLE, spirv
 
 native = pytest.importorskip("vkllm.vk._native")
 OUT_OF_HOST, OUT_OF_DEVICE, INIT, LOST, NO_FEATURE, NO_DRIVER = -1, -2, -3, -4, -8, -9

@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from glsl import INCREMENT, spirv
 
 from vkllm.vk import Device
-
-sys.path.insert(0, str(Path(__file__).parent))
-from glsl import INCREMENT, spirv
 
 CHAIN = """
 import sys
