@@ -26,11 +26,14 @@ def optimize(program: Program, passes: tuple[Pass, ...] = PASSES) -> Program:
     Raises: VerifyError: the program breaks a rule (before any pass: the user's mistake; after one: ours).
     """
     verify(program)
+    results: dict[Pass, Program] = {}
     for step in passes:
+        if results.get(step) is program:
+            continue  # nothing has changed since this pass ran
         changed = step(program)
         if changed is not program:
             verify(changed, after=step.__name__)
-        program = changed
+        program = results[step] = changed
     return program
 
 

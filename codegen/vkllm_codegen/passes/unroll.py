@@ -6,13 +6,15 @@ straight code (constant bounds) or a second loop (unknown bounds). A loop with a
 
 from __future__ import annotations
 
-from ..ir import CONTROL, Op, OpCode, Program, Region, constant
+from ..ir import CONTROL, Op, OpCode, Program, Region, constant, walk
 from ..types import DType
 from .rewrite import Rewriter
 
 
 def unroll(program: Program) -> Program:
     """Unroll every loop that asks for it, innermost first."""
+    if not any(op.code is OpCode.RANGE and op.arg > 1 for op in walk(program.body)):
+        return program
     return _Unroll().run(program)
 
 

@@ -56,7 +56,8 @@ class _Checker:
                 self.fail(op, complaint)
         if op.code is OpCode.BREAK_IF and not self.loops:
             self.fail(op, "break_if outside a loop")
-        self.nested(op, visible)
+        if op.regions:
+            self.nested(op, visible)
 
     def nested(self, op: Op, visible: set[Op]) -> None:
         self.loops += op.code in (OpCode.RANGE, OpCode.LOOP)

@@ -1,0 +1,69 @@
+"""Helpers: spirv-val and glslang on a kernel's output, a kernel on a real device."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vkllm_codegen import Kernel
+
+FORMATS = {"u32": "r32ui", "u32x4": "rgba32ui", "f32x4": "rgba32f", "f16x4": "rgba16f"}
+
+
+def run_tool(*command: str) -> str:
+    """Run a program; fail the test with its output if it fails, skip where it is not installed."""
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed (apt-get install spirv-tools glslang-tools)")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}:\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def validate(kernel: Kernel) -> None:
+    """spirv-val on the module. Debian 12's does not know cooperative matrices: those modules are only decoded."""
+    if "coopmat" in kernel.features:
+        kernel.spvasm()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "k.spv")
+        path.write_bytes(kernel.spirv())
+        run_tool("spirv-val", "--target-env", "vulkan1.2", str(path))
+
+
+def compile_glsl(source: str) -> bytes:
+    """The SPIR-V that glslang makes of GLSL."""
+    with tempfile.TemporaryDirectory() as folder:
+        text, module = Path(folder, "k.comp"), Path(folder, "k.spv")
+        text.write_text(source)
+        run_tool("glslangValidator", "-V", "--target-env", "vulkan1.2", "-o", str(module), str(text))
+        return module.read_bytes()
+
+
+def run_on_device(
+    device: Any, kernel: Kernel, buffers: Mapping[str, np.ndarray], push: Mapping[str, Any], groups: tuple[int, int, int],
+    spirv: bytes | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Run on a Vulkan device; returns the buffers afterwards."""
+    from vkllm.vk import Binding
+
+    held = {name: device.buffer(max(16, a.nbytes), host=True, name=name) for name, a in buffers.items()}
+    try:
+        for name, array in buffers.items():
+            held[name].write(array)
+        bindings = [Binding(held[b.name], format=FORMATS[repr(b.dtype)] if b.kind != "storage" else None) for b in kernel.bindings]
+        pipeline = device.pipeline(kernel.name, spirv or kernel.spirv(), tuple(b.kind for b in kernel.bindings), kernel.push_bytes)
+        recording = device.recording()
+        recording.dispatch(pipeline, bindings, groups, kernel.pack_push(**push))
+        recording.finish()
+        recording.run()
+        return {n: held[n].read(a.nbytes, dtype=a.dtype).reshape(a.shape) for n, a in buffers.items()}
+    finally:
+        for buffer in held.values():
+            buffer.free()
