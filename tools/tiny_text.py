@@ -148,10 +148,10 @@ def story(rng: random.Random, hero: dict[str, str] | None = None, kind: str | No
     return Story(text, expand(rng, p.about, slots), hero, friend if has_friend else None)
 
 
-def draw_fact(rng: random.Random) -> Fact:
-    """A fact: topics weigh as the square root of their size, so that small ones are seen often enough."""
+def draw_fact(rng: random.Random, power: float) -> Fact:
+    """A fact: topics weigh as a power of their size (0: all topics alike, 1: all facts alike)."""
     groups = facts_by_topic()
-    topic = rng.choices(list(groups), [len(g) ** 0.6 for g in groups.values()])[0]
+    topic = rng.choices(list(groups), [len(g) ** power for g in groups.values()])[0]
     return rng.choice(groups[topic])
 
 
@@ -160,11 +160,11 @@ def wording(rng: random.Random, texts: tuple[str, ...]) -> str:
     return rng.choice([t for t in texts if not held_out(t)] or texts[:1])
 
 
-def fact_page(rng: random.Random) -> str:
+def fact_page(rng: random.Random, power: float) -> str:
     """A page of facts: statements, or questions with answers, of mixed topics or of one topic."""
     groups = facts_by_topic()
     group = rng.choice(list(groups.values())) if rng.random() < 0.3 else None
-    facts = [rng.choice(group) if group else draw_fact(rng) for _ in range(rng.randint(1, 7))]
+    facts = [rng.choice(group) if group else draw_fact(rng, power) for _ in range(rng.randint(1, 7))]
     style = rng.random()
     if style < 0.55:
         return rng.choice((" ", "\n")).join(wording(rng, f.statements) for f in facts)
@@ -248,42 +248,43 @@ def story_turns(rng: random.Random) -> list[tuple[str, str]]:
     return turns
 
 
-def name_turns(rng: random.Random) -> list[tuple[str, str]]:
+def name_turns(rng: random.Random, power: float) -> list[tuple[str, str]]:
     """The user gives a name and asks for it again later."""
     name = rng.choice((*GIRLS, *BOYS))
     hello = expand(rng, "[Hello! |Hi, |]My name is {name}.", {"name": name})
     turns = [("user", hello), ("assistant", f"Nice to meet you, {name}!")]
     for _ in range(rng.randint(0, 2)):
-        turns += fact_turns(rng)
+        turns += fact_turns(rng, power)
     return [*turns, ("user", rng.choice(("What is my name?", "Do you know my name?"))), ("assistant", f"Your name is {name}.")]
 
 
-def fact_turns(rng: random.Random) -> list[tuple[str, str]]:
+def fact_turns(rng: random.Random, power: float) -> list[tuple[str, str]]:
     """One question and its answer."""
-    fact = draw_fact(rng)
+    fact = draw_fact(rng, power)
     return [("user", casual(rng, wording(rng, fact.questions))), ("assistant", fact.reply)]
 
 
-def chat(rng: random.Random) -> str:
+def chat(rng: random.Random, power: float) -> str:
     """A conversation of one to six exchanges."""
     turns = [("system", rng.choice(SYSTEMS))] if rng.random() < 0.3 else []
     style = rng.random()
     if style < 0.18:
         return chat_text(turns + story_turns(rng))
     if style < 0.23:
-        return chat_text(turns + name_turns(rng))
+        return chat_text(turns + name_turns(rng, power))
     for _ in range(rng.randint(1, 5)):
         if rng.random() < 0.12:
             ask, reply = rng.choice(SMALL_TALK)
             turns += [("user", expand(rng, ask, {})), ("assistant", expand(rng, reply, {}))]
         else:
-            turns += fact_turns(rng)
+            turns += fact_turns(rng, power)
     return chat_text(turns)
 
 
-def document(rng: random.Random) -> str:
-    """One document of the training text."""
-    return rng.choices((lambda: story(rng).text, lambda: fact_page(rng), lambda: chat(rng)), (2, 8, 9))[0]()
+def document(rng: random.Random, power: float = 0.6) -> str:
+    """One document of the training text; `power` as in draw_fact."""
+    kinds = (lambda: story(rng).text, lambda: fact_page(rng, power), lambda: chat(rng, power))
+    return rng.choices(kinds, (2, 8, 9))[0]()
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ import gguf
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tiny_text import END, START, chat_text, checks, document
+from tiny_text import ANIMALS, BOYS, END, GIRLS, START, chat_text, checks, document
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 SEED = 20261121
 TEXT_END = "<|endoftext|>"
 SPECIALS = (TEXT_END, START, END)
+IGNORED = -100
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -73,16 +74,42 @@ def train_tokenizer(n_vocab: int, n_document: int = 12000) -> Tokenizer:
     return tokenizer
 
 
-def batch(tokenizer: Tokenizer, step: int, n_row: int, n_col: int) -> Tensor:
-    """Token ids [n_row, n_col + 1] of one step: each row starts with a document and is filled with further ones."""
+def labels(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The ids of a document with IGNORED for what users and systems say: the model need not guess their next question."""
+    start_id, end_id, assistant_id = (tokenizer.token_to_id(token) for token in (START, END, "assistant"))
+    hidden, shown = False, []
+    for i, token_id in enumerate(ids):
+        hidden = ids[i + 1] != assistant_id if token_id == start_id else hidden
+        shown.append(IGNORED if hidden else token_id)
+        hidden = hidden and token_id != end_id
+    return shown
+
+
+def batch(tokenizer: Tokenizer, step: int, n_row: int, n_col: int, power: float) -> tuple[Tensor, Tensor]:
+    """Token ids and labels, each [n_row, n_col], of one step: a row starts with a document and is filled with further ones."""
     rng = random.Random(SEED * 1_000_003 + step)
-    rows = []
+    inputs, targets = [], []
     for _ in range(n_row):
-        row: list[int] = []
+        row, shown = list[int](), list[int]()
         while len(row) <= n_col:
-            row += tokenizer.encode(document(rng) + TEXT_END).ids
-        rows.append(row[: n_col + 1])
-    return torch.tensor(rows)
+            ids = tokenizer.encode(document(rng, power) + TEXT_END).ids
+            row, shown = row + ids, shown + labels(tokenizer, ids)
+        inputs.append(row[:n_col])
+        targets.append(shown[1 : n_col + 1])
+    return torch.tensor(inputs), torch.tensor(targets)
+
+
+def token_weights(tokenizer: Tokenizer) -> Tensor:
+    """Weights of the loss [n_vocab]: who a story is about shows in few tokens, so those count more."""
+    weights = torch.ones(tokenizer.get_vocab_size())
+    for words, weight in (
+        ((*GIRLS, *BOYS), 4.0),
+        (ANIMALS, 2.0),
+        (("he", "she", "him", "her", "his", "He", "She", "His"), 2.0),
+    ):
+        for word in words:
+            weights[tokenizer.encode(f" {word}").ids[0]] = weight
+    return weights
 
 
 # --- model -----------------------------------------------------------------------------------------------------------
@@ -219,7 +246,7 @@ def train(model: Model, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     checkpoint, log = args.work / "checkpoint.pt", args.work / "loss.jsonl"
     optims = optimizers(model, args.muon_lr, args.adam_lr)
     base = [group["lr"] for o in optims for group in o.param_groups]
-    step, spent = 0, 0.0
+    step, spent, weights = 0, 0.0, token_weights(tokenizer)
     if args.resume and checkpoint.exists():
         state = torch.load(checkpoint)
         model.load_state_dict(state["model"])
@@ -234,11 +261,11 @@ def train(model: Model, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
             break
         # Short rows first (many documents start at position 0), long ones at the end (all positions of the context).
         n_col = 256 if progress < 0.75 else 512 if progress < 0.92 else model.shape.n_ctx
-        n_row = args.tokens // n_col // (2 if progress < 0.5 else 1)  # small steps while the gradient is far above its noise
-        ids = batch(tokenizer, step, n_row, n_col)
+        power = 0.6 if progress < 0.3 else 0.9  # small topics first, then every fact almost alike
+        ids, targets = batch(tokenizer, step, args.tokens // n_col, n_col, power)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(ids[:, :-1])
-        loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+            logits = model(ids)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), weights, ignore_index=IGNORED)
         loss.backward()  # type: ignore[no-untyped-call]
         for group, lr in zip((g for o in optims for g in o.param_groups), base, strict=True):
             group["lr"] = lr * rate(progress)
@@ -374,7 +401,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time")
     parser.add_argument("--steps", type=int, default=4000, help="stop after this number of steps")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of a step")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.003)
     parser.add_argument("--threads", type=int, default=1)

@@ -148,11 +148,12 @@ def test_training_step_and_export(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = train_tiny.Model(train_tiny.Shape())
     t = train_tiny.train_tokenizer(2048, 3000)
-    ids = train_tiny.batch(t, 0, 2, 64)
-    assert torch.equal(ids, train_tiny.batch(t, 0, 2, 64)) and ids.shape == (2, 65)
+    ids, targets = train_tiny.batch(t, 0, 2, 64, 0.6)
+    assert torch.equal(ids, train_tiny.batch(t, 0, 2, 64, 0.6)[0]) and ids.shape == targets.shape == (2, 64)
+    assert ((ids[:, 1:] == targets[:, :-1]) | (targets[:, :-1] == train_tiny.IGNORED)).all()
     optims, losses = train_tiny.optimizers(model, 0.02, 0.003), []
     for _ in range(4):
-        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
         loss.backward()
         for o in optims:
             o.step()
@@ -161,5 +162,5 @@ def test_training_step_and_export(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.5
     train_tiny.export(tmp_path / "t.gguf", model, t, gguf.LlamaFileType.MOSTLY_Q8_0)
     with torch.no_grad():
-        want, got = model(ids[:, :-1]), train_tiny.load_gguf(tmp_path / "t.gguf")(ids[:, :-1])
+        want, got = model(ids), train_tiny.load_gguf(tmp_path / "t.gguf")(ids)
     assert ((want - got).square().mean() / want.square().mean()).item() < 1e-3
