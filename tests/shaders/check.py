@@ -247,7 +247,7 @@ def check_kernel(
         raise KernelMismatch(f"{kernel.name}: spirv-val: {complaint}")
     result: dict[str, Array] = {}
     if interpreted if interpreted is not None else _invocations(kernel, spec, groups) <= SMALL:
-        result = _interpreted(kernel, buffers, push, spec, groups, subgroup_size or 8)
+        result = _interpreted(kernel, buffers, push, spec, groups, subgroup_size or (lanes() if on_device else 8))
         compare(f"{kernel.name} (interpreter)", result, expected, max_nmse)
     if not on_device:
         return result

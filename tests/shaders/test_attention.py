@@ -83,6 +83,15 @@ def test_split_and_combine(schedule: Any, head_dim: int, group: int, split: int)
     check_split(spec, 2, [*LENGTHS, 0], extra_splits=1)
 
 
+@pytest.mark.parametrize("lanes", [16, 32, 64])
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 2), (128, 1), (8, 3), (80, 1)])
+def test_subgroup_sizes_of_other_devices(lanes: int, head_dim: int, group: int) -> None:
+    """GPUs' subgroup sizes, in the interpreter: the device under test need not have them."""
+    for schedule in ("lane_row", "lane_chunk"):
+        spec = AttentionSpec(head_dim, group, lanes=lanes, schedule=schedule, split=64)  # type: ignore[arg-type]
+        check_direct(spec, 2, [1, 31, 64, 200, 0], on_device=False, interpreted=True, subgroup_size=lanes)
+
+
 @pytest.mark.parametrize("tile", [8, 16, 32])
 def test_tiles(tile: int) -> None:
     if tile % lanes():

@@ -85,3 +85,9 @@ def test_top_k(kind: str, n_vocab: int) -> None:
 @pytest.mark.parametrize("n_vocab", [151936, 49155])
 def test_real_vocabularies(n_vocab: int) -> None:
     check(logits_of("ties", 2, n_vocab), SampleSpec(lanes=lanes()))
+
+
+@pytest.mark.parametrize("lanes", [16, 32, 64])
+def test_subgroup_sizes_of_other_devices(lanes: int) -> None:
+    options = {"on_device": False, "interpreted": True, "subgroup_size": lanes}
+    check(logits_of("some bad", 2, 2049), SampleSpec(k=3, segment=64, lanes=lanes), **options)
