@@ -67,10 +67,10 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The greedy token of each output row, u32 [n_output], and the logits behind it, f32 [n_output, n_vocab]."""
+    """The greedy token of each output row, u32 [n_output]. `logits()` reads what is behind it, f32 [n_output, n_vocab], until the next step."""
 
     tokens: NDArray[np.uint32]
-    logits: NDArray[np.float32]
+    logits: Callable[[], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class ModelChain:
         Raises: NonFiniteError: NaN or infinity in the result, naming the first op that made one; DeviceLostError.
         """
         output = self._replay(rows, watch)
-        if watch is None and not self._finite(rows, output):
+        if watch is None and not self._finite(rows):
             self._name_non_finite(rows)
         return output
 
@@ -142,10 +142,8 @@ class ModelChain:
             recording.run()
             if watch is not None and (name := self._lower.output_of(op)) is not None:
                 watch(op, self._rows_of(name, n_out if self.graph.buffers[name].per_output else n_row))
-        if not n_out:
-            return Output(np.empty(0, np.uint32), np.empty((0, self.graph.config.n_vocab), np.float32))
         greedy = self._buffers["argmax"].read(n_out * 16, dtype=np.uint32).reshape(n_out, 4)
-        return Output(greedy[:, 0].copy(), self._rows_of(self.graph.logits, n_out))
+        return Output(greedy[:, 0], lambda: self._rows_of(self.graph.logits, n_out))
 
     def _rows_of(self, name: str, n_row: int) -> NDArray[np.float32]:
         """The first rows of a row buffer, without the padding of its columns."""
@@ -153,7 +151,7 @@ class ModelChain:
         flat = self._buffers[name].read(n_row * stride * 4, dtype=np.float32)
         return flat.reshape(n_row, stride)[:, : self.graph.buffers[name].n_col]
 
-    def _finite(self, rows: Rows, output: Output) -> bool:
+    def _finite(self, rows: Rows) -> bool:
         """No NaN, no infinity? The device counts them in the logits; where none are wanted we look at the residual."""
         n_out = len(rows.output_rows)
         if n_out:

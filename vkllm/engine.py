@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vkllm.chain import ModelChain, Rows
+from vkllm.chain import ModelChain, Output, Rows
 from vkllm.config import ModelConfig, RuntimeConfig
 from vkllm.errors import ContextTooLongError, RequestError
 from vkllm.files import resolve_model
@@ -194,7 +194,7 @@ class LLMEngine:
         with self.scratch_sequence(len(token_ids)) as table:
             for start in range(0, len(token_ids), chunk):
                 part = token_ids[start : start + chunk]
-                out[start : start + len(part)] = self.chain.forward(Rows.of_sequence(part, start, table, outputs="all")).logits
+                out[start : start + len(part)] = self.chain.forward(Rows.of_sequence(part, start, table, outputs="all")).logits()
         return out
 
     @contextmanager
@@ -242,7 +242,7 @@ class LLMEngine:
             last = start + chunk >= n
             output = self.chain.forward(Rows.of_sequence(part, start, self._table, outputs="last" if last else "none"))
             self._cached += part
-        return self._choose(output.tokens, output.logits, sampler, prompt_ids), shared
+        return self._choose(output, sampler, prompt_ids), shared
 
     def _next_token(self, token: int, sampler: Sampler, prompt_ids: list[int], ids: list[int]) -> int:
         """One decode step."""
@@ -250,13 +250,13 @@ class LLMEngine:
         self._pool.extend(self._table, position + 1)
         output = self.chain.forward(Rows.of_sequence([token], position, self._table, outputs="last"))
         self._cached.append(token)
-        return self._choose(output.tokens, output.logits, sampler, prompt_ids, ids)
+        return self._choose(output, sampler, prompt_ids, ids)
 
     @staticmethod
-    def _choose(tokens: NDArray[np.uint32], logits: NDArray[np.float32], sampler: Sampler, *history: list[int]) -> int:
+    def _choose(output: Output, sampler: Sampler, *history: list[int]) -> int:
         if sampler.is_greedy:
-            return int(tokens[0])
-        return sampler.sample(logits[0], [i for part in history for i in part])
+            return int(output.tokens[0])
+        return sampler.sample(output.logits()[0], [i for part in history for i in part])
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

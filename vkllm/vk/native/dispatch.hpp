@@ -21,7 +21,14 @@ const Dispatch& dispatch() noexcept;
 
 #include <vulkan/vulkan.hpp>
 
+namespace vk::detail {} // where headers from 1.4 on keep the loaders
+
 namespace vkllm {
+
+namespace loader {
+using namespace vk;
+using namespace vk::detail;
+} // namespace loader
 
 /// The first failing call of this thread since the last Guard was made.
 struct Failure
@@ -88,9 +95,9 @@ void inject_fault(const std::string& name, int nth, int result);
 /// The result to return in place of the call, or VK_SUCCESS.
 VkResult take_fault(const char* name) noexcept;
 
-class Dispatch : public vk::DispatchLoaderStatic
+class Dispatch : public loader::DispatchLoaderStatic
 {
-    using Base = vk::DispatchLoaderStatic;
+    using Base = loader::DispatchLoaderStatic;
 
     /// Runs `f` unless an earlier call failed; records the first failure. VK_TIMEOUT, VK_INCOMPLETE ... are no failures.
     template<typename F>

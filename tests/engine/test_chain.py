@@ -1,0 +1,107 @@
+"""The recorded chain on the null device: every hazard ordered, every barrier needed, nothing recorded twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+
+from vkllm.chain import ModelChain, Rows
+from vkllm.config import ModelConfig, RuntimeConfig
+from vkllm.files import resolve_model
+from vkllm.files.gguf import GGUFFile
+from vkllm.kv_cache import BlockPool, BlockTable
+from vkllm.models import build_graph
+from vkllm.schedule import Access, Touch, unordered_hazards
+from vkllm.vk import MINIMUM_LIMITS, BarrierCommand, BufferLike, Command, DispatchCommand, NullDevice
+
+
+@dataclass(frozen=True)
+class HostRead:
+    """The host reads results after a replay."""
+
+    buffers: tuple[BufferLike, ...]
+
+
+class Recorder:
+    """A model on the null device, and what its chain recorded."""
+
+    def __init__(self, file: GGUFFile, runtime: RuntimeConfig, kind: str) -> None:
+        device = NullDevice(limits=MINIMUM_LIMITS)
+        device.info = replace(device.info, kind=kind)  # type: ignore[arg-type]
+        self.device = device
+        graph = build_graph(ModelConfig.from_gguf(file), file.tensors)
+        self.chain = ModelChain(device, graph, file, runtime)  # type: ignore[arg-type]
+        self.table = BlockTable(runtime.block_size)
+        BlockPool(self.chain.n_block, runtime.block_size).extend(self.table, 200)
+
+    def forward(self, n: int, start: int = 0) -> None:
+        """One step of n rows. The null device computes nothing: token 0 comes out."""
+        self.chain.forward(Rows.of_sequence([1] * n, start, self.table, outputs="last"))
+
+    def commands(self) -> list[Command | HostRead]:
+        """Everything recorded, in order of submission, and the host's look at the result; twice, as two replays in a row."""
+        results = tuple(self.chain._buffers[name] for name in ("argmax", "logits"))
+        once = [c for r in self.device.recordings for c in r.commands] + [HostRead(results)]
+        return once + once
+
+    def access(self) -> dict[int, tuple[Access, ...]]:
+        """Accesses of each pipeline's bindings, by the pipeline's identity."""
+        steps = [s for r in self.chain._recorded.values() for s in r.steps if hasattr(s, "kernel")]
+        return {id(self.chain._pipeline(s)): tuple(b.access for b in s.kernel.bindings) for s in steps}
+
+
+def touches(access: dict[int, tuple[Access, ...]], command: Command | HostRead) -> list[Touch]:
+    """The byte ranges of a recorded dispatch, from what was bound: independent of how barriers were placed."""
+    if isinstance(command, HostRead):
+        return [Touch(id(b), 0, b.nbytes, "read") for b in command.buffers]
+    assert isinstance(command, DispatchCommand)
+    pairs = zip(command.bindings, access[id(command.pipeline)], strict=True)
+    return [Touch(id(b.buffer), b.offset, b.offset + b.size, a) for b, a in pairs]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[GGUFFile]:
+    with GGUFFile.open(resolve_model("tiny")) as file:
+        yield file
+
+
+@pytest.mark.parametrize("kind", ["cpu", "discrete"])
+@pytest.mark.parametrize("n_row", [1, 8])
+def test_no_hazard_is_unordered_and_no_barrier_is_superfluous(tiny: GGUFFile, kind: str, n_row: int) -> None:
+    recorder = Recorder(tiny, RuntimeConfig(n_ctx=256, submit_ms=1e9), kind)
+    recorder.forward(n_row)
+    commands, access = recorder.commands(), recorder.access()
+
+    def hazards(some: list[Command | HostRead]) -> list[tuple[int, int]]:
+        return unordered_hazards(some, lambda c: isinstance(c, BarrierCommand), lambda c: touches(access, c))
+
+    assert hazards(commands) == []
+    barriers = [i for i, c in enumerate(commands[:-1]) if isinstance(c, BarrierCommand)]
+    assert barriers
+    for i in barriers:
+        assert hazards(commands[:i] + commands[i + 1 :]), f"the barrier at {i} orders nothing"
+
+
+def test_a_bucket_is_recorded_once_and_replayed(tiny: GGUFFile) -> None:
+    recorder = Recorder(tiny, RuntimeConfig(n_ctx=256), "cpu")
+    for position in range(5):
+        recorder.forward(1, start=position)
+    assert len(recorder.device.recordings) == 1
+    assert recorder.device.recordings[0].runs == 5
+    recorder.forward(5)
+    recorder.forward(7)
+    assert len(recorder.device.recordings) == 2
+
+
+def test_dispatches_a_layer(tiny: GGUFFile) -> None:
+    chain = Recorder(tiny, RuntimeConfig(n_ctx=256), "cpu").chain
+    assert chain.dispatches_per_layer <= 7
+    assert chain.dispatches_per_token <= 7 * chain.graph.config.n_layer + 4
+
+
+def test_submits_are_bounded_in_time(tiny: GGUFFile) -> None:
+    recorder = Recorder(tiny, RuntimeConfig(n_ctx=256, submit_ms=0.1), "cpu")
+    recorder.forward(1)
+    assert len(recorder.device.recordings) > 2
