@@ -34,11 +34,12 @@ from vkllm_codegen import Block, Value, f32, i32, u32
 from vkllm_codegen.errors import KernelError
 
 U16 = NDArray[np.uint16]
+U32 = NDArray[np.uint32]
 Load = Callable[[int], Value]
 
 STEP = 64  # weights of a row in a step
 SLOTS = 16  # texels of x in a step
-SLAB_BYTES = 1 << 19  # of file data packed at a time: small enough to stay in the cache
+SLAB_BYTES = 1 << 18  # of file data packed at a time: small enough to stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,10 @@ class StepWeights:
     def quad(self, pair: int, slot: int, half: int) -> Value:
         """u32, a weight a byte, of rows 2 * pair and 2 * pair + 1: weights 2 * half and 2 * half + 1 of a slot."""
         return self.keep(("quad", pair, slot, half), lambda: self.fmt.quad(self, pair, slot, half))
+
+    def both(self, pair: int, slot: int, comp: int) -> Value:
+        """i32: one weight of row 2 * pair in the lower 16 bits, of row 2 * pair + 1 in the upper, without the zero point."""
+        return self.fmt.both(self, pair, slot, comp).bitcast(i32)
 
 
 @dataclass(frozen=True)
@@ -180,15 +185,55 @@ class Format:
     def quad(self, w: StepWeights, pair: int, slot: int, half: int) -> Value:
         raise NotImplementedError
 
+    def both(self, w: StepWeights, pair: int, slot: int, comp: int) -> Value:
+        quad = w.quad(pair, slot, comp // 2)
+        return ((quad >> 8) if comp % 2 else quad) & 0x00FF00FF
+
     # What the packer writes.
 
-    def pack(self, blocks: U16, head: U16, body: U16) -> None:
-        """Fill the texels of some row groups.
+    def pack(self, rows: U16, head: U32, body: U32) -> None:
+        """Fill the texels (zero before) of some row groups.
 
-        Args: blocks [group, lane, row, chunk, block, u16 of a block]; head [group, chunk, lane, n_head * 8];
-            body [group, chunk, step, lane, n_body * 8].
+        Args: rows [group, row, lane, chunk, block, u16 of a block]; head [group, chunk, n_head, lane, 4];
+            body [group, chunk, step, n_body, lane, 4].
         """
         raise NotImplementedError
+
+
+def two_rows(rows: U16) -> U32:
+    """[group, row, …] u16 → [group, pair, …] u32: row 2i below row 2i + 1."""
+    words = rows[:, 1::2].astype(np.uint32)
+    words <<= 16
+    words |= rows[:, 0::2]
+    return words
+
+
+def put_words(words: U32, texels: U32) -> None:
+    """words [group, row, lane, chunk] → the first texels [group, chunk, texel, lane, 4]: a word a row."""
+    for i in range(0, words.shape[1], 4):
+        part = words[:, i : i + 4]
+        texels[:, :, i // 4, :, : part.shape[1]] = part.transpose(0, 3, 2, 1)
+
+
+def put_texels(words: U32, texels: U32) -> None:
+    """words [group, row or pair, lane, chunk, block, 4 k] → texels [group, chunk, (row or pair, block, k), lane, 4], 16 bytes at a time."""
+    source = words.view(np.complex128)  # a number of 16 bytes that numpy copies without looking at it
+    g, p, s, c, n, k = source.shape
+    split_axis(texels.view(np.complex128)[..., 0], 2, (p, n, k))[...] = source.transpose(0, 3, 1, 4, 5, 2)
+
+
+def put_steps(words: U32, texels: U32) -> None:
+    """words [group, pair, lane, chunk, step, 4 k] → texels [group, chunk, step, (pair, k), lane, 4]."""
+    source = words.view(np.complex128)
+    g, p, s, c, n, k = source.shape
+    split_axis(texels.view(np.complex128)[..., 0], 3, (p, k))[...] = source.transpose(0, 3, 4, 1, 5, 2)
+
+
+def split_axis(a: NDArray[Any], axis: int, sizes: tuple[int, ...]) -> NDArray[Any]:
+    """One axis as several, never a copy."""
+    strides = [a.strides[axis] * int(np.prod(sizes[i + 1 :])) for i in range(len(sizes))]
+    shape = (*a.shape[:axis], *sizes, *a.shape[axis + 1 :])
+    return np.lib.stride_tricks.as_strided(a, shape, (*a.strides[:axis], *strides, *a.strides[axis + 1 :]))
 
 
 def nibbles(w: StepWeights, word: int, high: int) -> Value:
@@ -231,32 +276,24 @@ class _Nibble32(Format):
             return q
         return q | fifth_bits(w.body(4 * (self._fifths(w.rows) + pair) + block * 2 + i // 4), i % 4 * 2 + high)
 
-    def pack(self, blocks: U16, head: U16, body: U16) -> None:
-        rows = blocks.shape[2]
-        body = body[:, :, 0]
-        scales = np.moveaxis(blocks[..., : 1 + self.has_minimum], 1, 3)  # [group, row, chunk, lane, block, d or m]
-        scales = np.moveaxis(scales, 1, 3)  # [group, chunk, lane, row, block, …]
-        for i in range(1 + self.has_minimum):
-            at = i * self._scale_texels(rows) * 8
-            body[..., at : at + 2 * rows] = scales[..., i].reshape(*scales.shape[:3], 2 * rows)
-        first = 1 + self.has_minimum
+    def pack(self, rows: U16, head: U32, body: U32) -> None:
+        r, n = rows.shape[1], rows.shape[4]
+        body, first = body[:, :, 0], 1 + self.has_minimum
+        for i in range(first):
+            halves = np.ascontiguousarray(rows[..., i]).view(np.uint32)[..., 0]  # both blocks' scales in a word
+            put_words(halves, body[:, :, i * self._scale_texels(r) :])
+        words = two_rows(rows)
         if self.five:
-            # bits of qh: [2h + f] bytes for weights 16h + 8f …; see fifth_bits for what the kernel wants.
-            low, high = blocks[..., first], blocks[..., first + 1]
-            even = (low & 0x5555) | ((high & 0x5555) << 1)
-            odd = ((low >> 1) & 0x5555) | (high & 0xAAAA)
-            f0 = (even & 0xFF) | (odd << 8)  # weights 0 … 7 and 16 … 23, even then odd
-            f1 = (even >> 8) | (odd & 0xFF00)
-            fifths = np.stack([f0, f1], axis=-1)  # [group, lane, row, chunk, block, f]
-            self._store(fifths, body[..., self._fifths(rows) * 8 : self._nibbles(rows) * 8])
+            # Bits of qh: 16 * high + weight. Word f of a block holds weights 8f … of both halves; see fifth_bits for its bytes.
+            low, high = words[..., first], words[..., first + 1]
             first += 2
-        self._store(blocks[..., first:], body[..., self._nibbles(rows) * 8 :])
-
-    @staticmethod
-    def _store(words: U16, out: U16) -> None:
-        """words [group, lane, row, chunk, block, k] → out [group, chunk, lane, (pair, block, k, row of the pair)]."""
-        g, s, r, c, n, k = words.shape
-        out.reshape(g, c, s, r // 2, n, k, 2)[...] = words.reshape(g, s, r // 2, 2, c, n, k).transpose(0, 4, 1, 2, 5, 6, 3)
+            even = (low & 0x55555555) | ((high & 0x55555555) << 1)
+            odd = ((low >> 1) & 0x55555555) | (high & 0xAAAAAAAA)
+            f0 = (even & 0x00FF00FF) | ((odd & 0x00FF00FF) << 8)
+            f1 = ((even >> 8) & 0x00FF00FF) | (odd & 0xFF00FF00)
+            fifths = np.stack([f0, f1], axis=-1).reshape(*f0.shape[:-1], 4)  # (block, f)
+            put_texels(fifths[..., None, :], body[:, :, self._fifths(r) : self._nibbles(r)])
+        put_texels(words[..., first:].reshape(*words.shape[:4], n, 8), body[:, :, self._nibbles(r) :])
 
 
 class _Q8(Format):
@@ -277,13 +314,10 @@ class _Q8(Format):
         byte = q >> 24 if comp == 3 else q & (0xFF << (8 * comp))
         return byte.bitcast(i32).to(f32)
 
-    def pack(self, blocks: U16, head: U16, body: U16) -> None:
-        g, s, r, c, n, _ = blocks.shape
-        body = body[:, :, 0]
-        at = -(-r // 4) * 8
-        body[..., : 2 * r] = blocks[..., 0].transpose(0, 3, 1, 2, 4).reshape(g, c, s, 2 * r)
-        weights = blocks[..., 1:].transpose(0, 3, 1, 2, 4, 5)
-        np.bitwise_xor(weights, 0x8080, out=body[..., at:].reshape(g, c, s, r, n, 16))
+    def pack(self, rows: U16, head: U32, body: U32) -> None:
+        body, at = body[:, :, 0], -(-rows.shape[1] // 4)
+        put_words(np.ascontiguousarray(rows[..., 0]).view(np.uint32)[..., 0], body)
+        put_texels((rows[..., 1:] ^ 0x8080).view(np.uint32), body[:, :, at:])
 
 
 class _KNibble(Format):
@@ -324,33 +358,22 @@ class _KNibble(Format):
         q = nibbles(w, 4 * self._fifths(w.rows) + pair * 16 + m, high)
         return q | fifth_bits(w.body(4 * pair + m // 4), m % 4 * 2 + high) if self.bits == 5 else q
 
-    def pack(self, blocks: U16, head: U16, body: U16) -> None:
-        g, s, r, c, _, _ = blocks.shape
-        block = blocks[..., 0, :]  # [group, lane, row, chunk, u16]
-        head.reshape(g, c, s, r, 8)[...] = block[..., :8].transpose(0, 3, 1, 2, 4)
-        at = self._fifths(r) * 8
+    def pack(self, rows: U16, head: U32, body: U32) -> None:
+        put_texels(rows[..., :8].view(np.uint32), head)
+        words, at = two_rows(rows)[..., 0, :], self._fifths(rows.shape[1])  # [group, pair, lane, chunk, 72 or 88]
         if at:
-            self._store(_transpose_fields(block[..., 8:24]), body[..., :at])
-        self._store(block[..., -64:].reshape(g, s, r, c, 4, 16), body[..., at:])
-
-    @staticmethod
-    def _store(words: U16, out: U16) -> None:
-        """words [group, lane, row, chunk, step, k] → out [group, chunk, step, lane, (pair, k, row of the pair)]."""
-        g, s, r, c, n, k = words.shape
-        out.reshape(g, c, n, s, r // 2, k, 2)[...] = words.reshape(g, s, r // 2, 2, c, n, k).transpose(0, 4, 5, 1, 2, 6, 3)
+            put_steps(_transpose_fields(words[..., 8:24]), body[:, :, :, :at])
+        put_steps(words[..., -64:].reshape(*words.shape[:4], 4, 16), body[:, :, :, at:])
 
 
-def _transpose_fields(qh: U16) -> U16:
-    """Q5_K's fifth bits: byte l holds bit (2 * step + high) of weight l … → [.., step, 4] u16, bytes (even, odd), bits 2 * (word % 4) + high."""
-    *outer, _ = qh.shape
-    byte = np.ascontiguousarray(qh).view(np.uint8).reshape(*outer, 4, 4, 2)  # [.., f, word % 4, even or odd]
-    x = np.ascontiguousarray(np.moveaxis(byte, -2, -1)).view(np.uint32)[..., 0]  # four bytes of four 2-bit fields
-    t = (x ^ (x >> 6)) & 0x00CC00CC  # transpose 2 × 2 blocks of fields …
-    x = x ^ t ^ (t << 6)
-    t = (x ^ (x >> 12)) & 0x0000F0F0  # … and the blocks
-    x = x ^ t ^ (t << 12)
-    fields = np.moveaxis(x[..., None].view(np.uint8), -1, -3)  # [.., step, f, even or odd]
-    return np.ascontiguousarray(fields).view(np.uint16)[..., 0]
+def _transpose_fields(qh: U32) -> U32:
+    """Q5_K's fifth bits. Byte by byte: bit pair `step` of word 4f + i → bit pair i of word [step, f]: [.., 16] → [.., 4, 4]."""
+    words = qh.reshape(*qh.shape[:-1], 4, 4)
+    out = np.zeros((*qh.shape[:-1], 4, 4), np.uint32)
+    for step in range(4):
+        for i in range(4):
+            out[..., step, :] |= ((words[..., i] >> (2 * step)) & 0x03030303) << (2 * i)
+    return out
 
 
 class _Q6K(Format):
@@ -383,14 +406,17 @@ class _Q6K(Format):
         upper = upper << (4 - 2 * quarter) if quarter < 2 else upper >> (2 * quarter - 4) if quarter > 2 else upper
         return nibbles(w, 4 * w.rows + pair * 16 + quarter % 2 * 8 + m, quarter // 2) | (upper & 0x30303030)
 
-    def pack(self, blocks: U16, head: U16, body: U16) -> None:
-        g, s, r, c, _, _ = blocks.shape
-        block = blocks[..., 0, :]
-        head[..., : 8 * r].reshape(g, c, s, r, 8)[...] = block[..., 96:104].transpose(0, 3, 1, 2, 4)
-        head[..., 8 * r : 9 * r] = block[..., 104].transpose(0, 3, 1, 2)
-        low = block[..., :64].reshape(g, s, r, c, 2, 2, 2, 8).swapaxes(5, 6)  # [.., half block, step, quarter % 2, 8]
-        _KNibble._store(block[..., 64:96].reshape(g, s, r, c, 4, 8), body[..., : 8 * r])
-        _KNibble._store(low.reshape(g, s, r, c, 4, 16), body[..., 8 * r :])
+    def pack(self, rows: U16, head: U32, body: U32) -> None:
+        r, block = rows.shape[1], rows[..., 0, :]
+        put_texels(rows[..., 96:104].view(np.uint32), head[:, :, :r])
+        last = head.view(np.uint16)[:, :, r:]  # eight f16 a texel
+        for i in range(r):
+            last[:, :, i // 8, :, i % 8] = block[:, i, :, :, 104].swapaxes(1, 2)
+        words = two_rows(rows)[..., 0, :]
+        outer = words.shape[:4]
+        low = words[..., :64].reshape(*outer, 2, 2, 2, 8).swapaxes(5, 6)  # [half block, quarter % 2, step, 8] → [half, step, quarter, 8]
+        put_steps(words[..., 64:96].reshape(*outer, 4, 8), body[:, :, :, :r])
+        put_steps(low.reshape(*outer, 4, 16), body[:, :, :, r:])
 
 
 class _Float(Format):
@@ -413,9 +439,8 @@ class _Float(Format):
             return (word & 0xFFFF0000 if comp % 2 else word << 16).bitcast(f32)
         return w.keep(("f16", r, slot, comp // 2), lambda: w.b.unpack_half2x16(word))[comp % 2]
 
-    def pack(self, blocks: U16, head: U16, body: U16) -> None:
-        g, s, r, c, n, k = blocks.shape
-        body.reshape(g, c, s, r, n * k)[...] = blocks.reshape(g, s, r, c, n * k).transpose(0, 3, 1, 2, 4)
+    def pack(self, rows: U16, head: U32, body: U32) -> None:
+        put_texels(rows.reshape(*rows.shape[:4], 1, -1).view(np.uint32), body[:, :, 0])
 
 
 FORMATS: dict[str, Format] = {
@@ -508,31 +533,30 @@ def _gather(parts: Sequence[NDArray[np.uint8]], order: NDArray[np.integer[Any]],
     rows = np.zeros((len(order), n_chunk * (f.chunk // f.block) * f.block_bytes), np.uint8)
     start = 0
     for part in parts:
-        mine = (order >= start) & (order < start + len(part))
-        if mine.all():
-            rows[:, :used] = part[order - start]
+        index = order - start
+        mine = (index >= 0) & (index < len(part))
+        if mine.all() and (np.diff(index) == 1).all():
+            rows[:, :used] = part[index[0] : index[-1] + 1]
         elif mine.any():
-            rows[mine, :used] = part[order[mine] - start]
+            at = np.flatnonzero(mine)
+            for target, source in zip(at.tolist(), index[at].tolist(), strict=True):
+                rows[target, :used] = part[source]
         start += len(part)
     return rows.view(np.uint16).reshape(len(order), n_chunk, f.chunk // f.block, f.block_bytes // 2)
 
 
-def _pack_slab(f: Format, rows: U16, n_col: int, layout: Layout) -> U16:
-    """The texels of some whole row groups, as u16."""
+def _pack_slab(f: Format, rows: U16, n_col: int, layout: Layout) -> U32:
+    """The texels of some whole row groups."""
     s, r, c = layout.lanes, layout.rows, f.n_chunk(n_col)
     g, nh, nb = len(rows) // layout.group_rows, f.n_head(r), f.n_body(r)
-    blocks = rows.reshape(g, r, s, *rows.shape[1:]).swapaxes(1, 2)
-    head = np.zeros((g, c, s, nh * 8), np.uint16)
-    body = np.zeros((g, c, f.steps, s, nb * 8), np.uint16)
-    f.pack(blocks, head, body)
     if layout.kind == "lane_row":
-        out = np.empty((g, c, nh + f.steps * nb, s, 8), np.uint16)
-        out[:, :, :nh] = head.reshape(g, c, s, nh, 8).swapaxes(2, 3)
-        out[:, :, nh:].reshape(g, c, f.steps, nb, s, 8)[...] = body.reshape(g, c, f.steps, s, nb, 8).swapaxes(3, 4)
-        return out
-    out = np.empty((g, c * (nh + f.steps * nb), 8), np.uint16)
-    out[:, : nh * c].reshape(g, nh, c, 8)[...] = head.reshape(g, c, nh, 8).swapaxes(1, 2)
-    out[:, nh * c :].reshape(g, nb, c * f.steps, 8)[...] = body.reshape(g, c * f.steps, nb, 8).swapaxes(1, 2)
+        out = np.zeros((g, c, nh + f.steps * nb, s, 4), np.uint32)
+        head, body = out[:, :, :nh], split_axis(out[:, :, nh:], 2, (f.steps, nb))
+    else:
+        out = np.zeros((g, c * (nh + f.steps * nb), 4), np.uint32)
+        head = split_axis(out[:, : nh * c], 1, (nh, c, 1)).transpose(0, 2, 1, 3, 4)
+        body = split_axis(out[:, nh * c :], 1, (nb, c, f.steps, 1)).transpose(0, 2, 3, 1, 4, 5)
+    f.pack(rows.reshape(g, r, s, *rows.shape[1:]), head, body)
     return out
 
 

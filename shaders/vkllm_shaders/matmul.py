@@ -11,7 +11,7 @@ weights and x come from and in who adds up:
 
 Arithmetic. Few tokens: products of raw numbers are added up within a block and scaled once (zero points and minimums by the
 block's sum of x). From `DEQUANTIZE_TOKENS` tokens on: a weight is dequantized once and multiplied with every token's x.
-activations="int8": x is rounded to 8 bits for each 32 values (16 in Q6_K), products and their sums are integers, scaled a block at a time.
+activations="int8": x is rounded to 8 bits for each 32 values (a slot group, so 16 of two quarters in Q6_K), products and their sums are integers, scaled a block at a time.
 RMSNorm needs no pass of its own: sum(x²) is gathered in the same loop and scales the result.
 
 Source: KERNELS.md, measured there and in bench/LOG.md.
@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from vkllm_codegen import Binding, Block, Buffer, DType, Kernel, Value, f16, f32, f32x4, read, readwrite, texel, trace, u32, u32x4, write
+from vkllm_codegen import Binding, Block, Buffer, DType, Kernel, Value, f16, f32, f32x4, i32, read, readwrite, texel, trace, u32, u32x4, write
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.formats import SLOTS, Format, Layout, StepWeights, format_of
 
 DEQUANTIZE_TOKENS = 3
 NO_SLOT = 0xFFFFFFFF
+GROUP = 8  # slots (32 values) of x that share a scale in 8 bits
 ALIGN_COLUMNS = 64  # rows of x are padded with zeros to a multiple of this
 
 Epilogue = Literal["store", "residual", "swiglu", "qkv"]
@@ -167,12 +168,11 @@ class _Body:
         with b.range(0, self.push["n_chunk"]) as chunk:
             base = (start + chunk) * (n_texel * s) + self.lane
 
-            def head(j: int) -> Value:
-                return w[base + j * s]
+            heads = [w[base + j * s] for j in range(n_head)]
 
             def step(i: Value | int) -> None:
                 first = base + (i * n_body + n_head) * s
-                weights = StepWeights(f, b, head, lambda j: w[first + j * s], self.rows, i)
+                weights = StepWeights(f, b, heads.__getitem__, lambda j: w[first + j * s], self.rows, i)
                 self._step(weights, _LaneRowX(self, chunk * (f.chunk // 4), i))
 
             if f.steps == 1:
@@ -204,7 +204,9 @@ class _Body:
         if self.spec.norm:
             for t, var in enumerate(self.squares):
                 var.add(x.squares(t))
-        if self.fmt.n_sub == 0 or self.tile >= DEQUANTIZE_TOKENS or not self.spec.on_lavapipe:
+        if self.fmt.n_sub and self.spec.activations == "int8":
+            self._multiply_integers(w, x)
+        elif self.fmt.n_sub == 0 or self.tile >= DEQUANTIZE_TOKENS or not self.spec.on_lavapipe:
             self._multiply_weights(w, x)
         else:
             self._multiply_raw(w, x)
@@ -277,6 +279,52 @@ class _Body:
         return total if minimum is None else total - minimum * x_sum
 
 
+    def _multiply_integers(self, w: StepWeights, x: _X) -> None:
+        """Integer products with x in 8 bits, scaled a block at a time."""
+        f = self.fmt
+        for sub in range(f.n_sub):
+            slots = range(sub * SLOTS // f.n_sub, (sub + 1) * SLOTS // f.n_sub)
+            sums = self._pair_products(w, x, slots) if f.pairs else self._dot_products(w, x, slots)
+            for t in range(self.tile):
+                x_scale, x_sum = x.scale(t, slots[0]), x.integer_total(t, slots)
+                for r in range(self.rows):
+                    total = sums[t][r] - x_sum * f.zero if f.pairs and f.zero else sums[t][r]
+                    value = total.to(f32) * (w.scale(r, sub) * x_scale)
+                    minimum = w.minimum(r, sub)
+                    self.acc[t][r].add(value if minimum is None else value - minimum * (x_scale * x_sum.to(f32)))
+
+    def _dot_products(self, w: StepWeights, x: _X, slots: range) -> list[list[Value]]:
+        """Q8_0: four signed bytes at a time."""
+        sums: list[list[Value]] = [[] for _ in range(self.tile)]
+        for slot in slots:
+            words = [w.fmt.word(w, r, slot) ^ 0x80808080 for r in range(self.rows)]  # type: ignore[attr-defined]
+            for t in range(self.tile):
+                products = [self.b.dot_i8(word, x.integer_word(t, slot)) for word in words]
+                sums[t] = [a + p for a, p in zip(sums[t], products, strict=True)] if sums[t] else products
+        return sums
+
+    def _pair_products(self, w: StepWeights, x: _X, slots: range) -> list[list[Value]]:
+        """Two rows in the halves of a word, parted before 16 bits overflow."""
+        limit = 32767 // (127 * ((1 << self.fmt.bits) - 1))
+        weights = [(slot, comp) for slot in slots for comp in range(4)]
+        sums: list[list[Value]] = [[] for _ in range(self.tile)]
+        limit = max(n for n in (4, 8, 16, 32) if n <= limit)
+        for first in range(0, len(weights), limit):
+            packed: list[list[Value]] = [[] for _ in range(self.tile)]
+            for slot, comp in weights[first : first + limit]:
+                both = [w.both(pair, slot, comp) for pair in range(self.rows // 2)]
+                for t in range(self.tile):
+                    xs = x.integer(t, slot, comp)
+                    packed[t] = [p + v * xs for p, v in zip(packed[t], both, strict=True)] if packed[t] else [v * xs for v in both]
+            for t in range(self.tile):
+                parted = []
+                for p in packed[t]:
+                    low = (p << 16) >> 16
+                    parted += [low, (p - low) >> 16]
+                sums[t] = [a + p for a, p in zip(sums[t], parted, strict=True)] if sums[t] else parted
+        return sums
+
+
 class _X:
     """The x of one step, for every token of the tile, times the norm weight."""
 
@@ -298,6 +346,41 @@ class _X:
         """This lane's share of sum(x²), before the norm weight."""
         raise NotImplementedError
 
+    # In 8 bits: x = scale * integer over GROUP slots. The largest bits of |x| are taken as integers, so that NaN and infinity win
+    # and reach the result through the scale.
+
+    def scale(self, t: int, slot: int) -> Value:
+        """f32: the scale of a slot's group."""
+        raise NotImplementedError
+
+    def integer(self, t: int, slot: int, comp: int) -> Value:
+        """i32: like value, in units of the scale."""
+        raise NotImplementedError
+
+    def integer_word(self, t: int, slot: int) -> Value:
+        """u32: a slot's four integers as signed bytes."""
+        raise NotImplementedError
+
+    def integer_total(self, t: int, slots: range) -> Value:
+        """i32: their sum over slots of one group."""
+        raise NotImplementedError
+
+    def _largest(self, v: Value) -> Value:
+        """u32 bits of the largest |component|."""
+        bits = [v[i].bitcast(u32) & 0x7FFFFFFF for i in range(4)]
+        return self.b.max(self.b.max(bits[0], bits[1]), self.b.max(bits[2], bits[3]))
+
+    def _inverse(self, largest: Value) -> Value:
+        return self.b.select(largest > 0.0, 127.0 / largest, 0.0)
+
+    def _round(self, v: Value, inverse: Value) -> list[Value]:
+        return [self.b.round(v[i] * inverse).to(i32) for i in range(4)]
+
+    @staticmethod
+    def _bytes(q: list[Value]) -> Value:
+        u = [(v & 0xFF).bitcast(u32) for v in q]
+        return (u[0] | (u[1] << 8)) | ((u[2] << 16) | (u[3] << 24))
+
     def _index(self, slot: Value | int) -> Value:
         return self.chunk_start + self.body.fmt.texel(self.step, slot)
 
@@ -317,7 +400,43 @@ class _LaneRowX(_X):
                 self.raw[t].append(x)
                 self.scaled[t].append(x if norm is None else x * norm)
         self.sums: dict[tuple[int, int], Value] = {}
-        self.b = b
+        self.words: dict[tuple[int, int], Value] = {}
+        self.scales: dict[tuple[int, int], Value] = {}
+        self.quantized: list[list[list[Value]]] = []
+        if body.spec.activations == "int8" and body.fmt.n_sub:
+            self.quantized = [[self._quantize(t, i, v) for i, v in enumerate(token)] for t, token in enumerate(self.scaled)]
+
+    def _quantize(self, t: int, load: int, v: Value) -> list[Value]:
+        b, s = self.b, self.body.spec.lanes
+        mine, largest = None, self._largest(v)
+        for first in range(0, s, GROUP):
+            lanes = [b.subgroup_shuffle(largest, lane) for lane in range(first, first + GROUP)]
+            while len(lanes) > 1:
+                lanes = [b.max(p, q) for p, q in zip(lanes[::2], lanes[1::2], strict=True)]
+            most = lanes[0].bitcast(f32)
+            self.scales[t, load * (s // GROUP) + first // GROUP] = most * (1.0 / 127.0)
+            inverse = self._inverse(most)
+            mine = inverse if mine is None else b.select(self.body.lane < first, mine, inverse)
+        assert mine is not None
+        return self._round(v, mine)
+
+    def scale(self, t: int, slot: int) -> Value:
+        return self.scales[t, slot // GROUP]
+
+    def integer(self, t: int, slot: int, comp: int) -> Value:
+        s = self.body.spec.lanes
+        return self.b.subgroup_shuffle(self.quantized[t][slot // s][comp], slot % s)
+
+    def integer_word(self, t: int, slot: int) -> Value:
+        s = self.body.spec.lanes
+        if (t, slot // s) not in self.words:
+            self.words[t, slot // s] = self._bytes(self.quantized[t][slot // s])
+        return self.b.subgroup_shuffle(self.words[t, slot // s], slot % s)
+
+    def integer_total(self, t: int, slots: range) -> Value:
+        s = self.body.spec.lanes
+        lane_sum = tree_sum(self.quantized[t][slots[0] // s])
+        return tree_sum([self.b.subgroup_shuffle(lane_sum, slot % s) for slot in slots])
 
     def value(self, t: int, slot: int, comp: int) -> Value:
         s = self.body.spec.lanes
@@ -342,6 +461,7 @@ class _LaneChunkX(_X):
 
     def load(self) -> None:
         self.slots: dict[tuple[int, int], Value] = {}
+        self.groups: dict[tuple[int, int], tuple[Value, list[list[Value]]]] = {}
         self.norms: dict[int, Value] = {}
 
     def _slot(self, t: int, slot: int) -> Value:
@@ -366,6 +486,29 @@ class _LaneChunkX(_X):
 
     def squares(self, t: int) -> Value:
         return self.b.const(f32, 0.0)  # added slot by slot
+
+    def _group(self, t: int, slot: int) -> tuple[Value, list[list[Value]]]:
+        group = slot // GROUP
+        if (t, group) not in self.groups:
+            values = [self._slot(t, i) for i in range(group * GROUP, (group + 1) * GROUP)]
+            most = self._largest(values[0])
+            for v in values[1:]:
+                most = self.b.max(most, self._largest(v))
+            inverse = self._inverse(most.bitcast(f32))
+            self.groups[t, group] = most.bitcast(f32) * (1.0 / 127.0), [self._round(v, inverse) for v in values]
+        return self.groups[t, group]
+
+    def scale(self, t: int, slot: int) -> Value:
+        return self._group(t, slot)[0]
+
+    def integer(self, t: int, slot: int, comp: int) -> Value:
+        return self._group(t, slot)[1][slot % GROUP][comp]
+
+    def integer_word(self, t: int, slot: int) -> Value:
+        return self._bytes(self._group(t, slot)[1][slot % GROUP])
+
+    def integer_total(self, t: int, slots: range) -> Value:
+        return tree_sum([self.integer(t, slot, comp) for slot in slots for comp in range(4)])
 
 
 def tree_sum(values: Sequence[Value]) -> Value:

@@ -158,3 +158,30 @@ def test_qkv_with_rope_and_cache(tile: int, pairing: str, kind: str) -> None:
     Case(spec, (48, 16, 16), 64, 5).check_qkv(3, 1)
     Case(spec, (48,), 64, 1).check_qkv(3, 1)
     Case(spec, (32,), 64, 3).check_qkv(3, 2, first_head=5)  # v alone, of another type than q and k
+
+
+def as_q8(x: np.ndarray) -> np.ndarray:
+    """x as llama.cpp's CPU backend sees it: 8 bits for each 32 values, with an f16 scale."""
+    blocks = x.reshape(-1, 32)
+    scale = np.abs(blocks).max(axis=1, keepdims=True) / 127
+    return (np.round(blocks / scale) * scale.astype(np.float16)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])
+@pytest.mark.parametrize("tile", [1, 4])
+@pytest.mark.parametrize("fmt", [f.name for f in FORMATS.values() if f.n_sub])
+def test_int8_activations_are_as_good_as_llama_cpp(fmt: str, tile: int, kind: str) -> None:
+    case = Case(spec_of(fmt, kind, tile=tile, activations="int8"), (100,), 512, 5)
+    peer = linear(case.weights, as_q8(case.x))
+    error = np.sum((peer - case.y) ** 2) / np.sum(case.y**2)
+    case.check(max_nmse=1.2 * error)
+
+
+def test_int8_activations_hide_no_nan() -> None:
+    case = Case(spec_of("Q4_0", "lane_row", activations="int8"), (40,), 64, 1)
+    for bad in (np.nan, np.inf):
+        case.buffers["x"][0, 40] = bad
+        case.buffers["y"] = np.zeros((1, 40), np.float32)
+        case.push |= {"y_stride": 40, "first_row": 0}
+        got = case.run({}, interpreted=False, glsl=False)["y"]
+        assert not np.isfinite(got).any()
