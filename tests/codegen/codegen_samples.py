@@ -8,9 +8,33 @@ from typing import Any
 import numpy as np
 
 from vkllm_codegen import (
-    Block, Buffer, Kernel, Value, boolean, coop, f16, f16x2, f16x4, f32, f32x4, i8, i8x4, i16, i32, kernel, read, readwrite,
-    texel, u8, u8x4, u16x2, u32, u32x2, u32x4, write,
-)  # fmt: skip
+    Block,
+    Buffer,
+    Kernel,
+    Value,
+    boolean,
+    coop,
+    f16,
+    f16x2,
+    f16x4,
+    f32,
+    f32x4,
+    i8,
+    i8x4,
+    i16,
+    i32,
+    kernel,
+    read,
+    readwrite,
+    texel,
+    u8,
+    u8x4,
+    u16x2,
+    u32,
+    u32x2,
+    u32x4,
+    write,
+)
 
 RNG = np.random.default_rng(1)
 
@@ -29,7 +53,7 @@ class Sample:
 @kernel(
     x=read(f16, "n_row", "n_embd"), w=read(f32, "n_embd"), y=write(f16, "n_row", "n_embd"),
     push={"n_embd": u32, "eps": f32}, spec={"WG": 64},
-)  # fmt: skip
+)
 def rmsnorm(b: Block, x: Buffer, w: Buffer, y: Buffer, *, n_embd: Value, eps: Value, WG: Value) -> None:
     """y[r] = x[r] * rsqrt(mean(x[r]**2) + eps) * w. One workgroup per row r."""
     row, lane = b.workgroup_id(0), b.local_id(0)
@@ -106,11 +130,13 @@ def narrow(b: Block, h: Buffer, q: Buffer, u: Buffer, s: Buffer, y: Buffer, z: B
     z[i] = (
         b.dot_i8(bits, bits).bitcast(u32) + b.dot_u8i8(bits, bits).bitcast(u32) * 3 + signed + shorts.x.to(u32) * 5 + back
         + bytes_.w.to(u32) + wide.z.to(f32).bitcast(u32) + b.vec(bits, signed).bitcast(u32x2).y
-    )  # fmt: skip
+    )
     packed[i] = (quad.x * 3).to(i8)
 
 
-@kernel(x=texel(f32x4, uniform=True), ids=texel(u32), h=texel(f16x4), y=write(f32x4), flags=write(u32), push={"scale": f32}, local_size=8)
+@kernel(
+    x=texel(f32x4, uniform=True), ids=texel(u32), h=texel(f16x4), y=write(f32x4), flags=write(u32), push={"scale": f32}, local_size=8
+)
 def vectors(b: Block, x: Buffer, ids: Buffer, h: Buffer, y: Buffer, flags: Buffer, *, scale: Value) -> None:
     """Vector arithmetic, uniform and scalar texel buffers, mathematics, selections."""
     i = b.global_id(0)
@@ -187,7 +213,11 @@ SAMPLES: dict[str, Sample] = {
         2e-3,
     ),
     "texel_dot": Sample(
-        texel_dot, {"w": _words(3 * 5 * 8, 4), "x": _floats(5 * 8, 4), "y": np.zeros(24, np.float32)}, {"n_chunk": 5}, (3, 1, 1), 1e-4
+        texel_dot,
+        {"w": _words(3 * 5 * 8, 4), "x": _floats(5 * 8, 4), "y": np.zeros(24, np.float32)},
+        {"n_chunk": 5},
+        (3, 1, 1),
+        1e-4,
     ),
     "control": Sample(
         control,
@@ -203,7 +233,7 @@ SAMPLES: dict[str, Sample] = {
             "y": np.zeros(16, np.float32), "z": np.zeros(16, np.uint32), "packed": np.zeros(16, np.int8),
         },
         groups=(2, 1, 1),
-    ),  # fmt: skip
+    ),
     "vectors": Sample(
         vectors,
         {
@@ -213,7 +243,7 @@ SAMPLES: dict[str, Sample] = {
         {"scale": 1.25},
         (2, 1, 1),
         1e-4,
-    ),  # fmt: skip
+    ),
     "subgroup": Sample(
         subgroup, {"x": RNG.integers(-4, 5, 24).astype(np.float32), "y": np.zeros(24, np.float32)}, groups=(3, 1, 1)
     ),

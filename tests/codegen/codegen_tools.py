@@ -49,7 +49,7 @@ def compile_glsl(source: str) -> bytes:
 def run_on_device(
     device: Any, kernel: Kernel, buffers: Mapping[str, np.ndarray], push: Mapping[str, Any], groups: tuple[int, int, int],
     spirv: bytes | None = None,
-) -> dict[str, np.ndarray]:  # fmt: skip
+) -> dict[str, np.ndarray]:
     """Run on a Vulkan device; returns the buffers afterwards."""
     from vkllm.vk import Binding
 
@@ -57,8 +57,10 @@ def run_on_device(
     try:
         for name, array in buffers.items():
             held[name].write(array)
-        bindings = [Binding(held[b.name], format=FORMATS[repr(b.dtype)] if b.kind != "storage" else None) for b in kernel.bindings]
-        pipeline = device.pipeline(kernel.name, spirv or kernel.spirv(), tuple(b.kind for b in kernel.bindings), kernel.push_bytes)
+        formats = [FORMATS[repr(b.dtype)] if b.kind != "storage" else None for b in kernel.bindings]
+        bindings = [Binding(held[b.name], format=f) for b, f in zip(kernel.bindings, formats, strict=True)]
+        kinds = tuple(b.kind for b in kernel.bindings)
+        pipeline = device.pipeline(kernel.name, spirv or kernel.spirv(), kinds, kernel.push_bytes)
         recording = device.recording()
         recording.dispatch(pipeline, bindings, groups, kernel.pack_push(**push))
         recording.finish()

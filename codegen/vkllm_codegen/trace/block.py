@@ -448,18 +448,17 @@ class Block:
         return self._workgroup_reduce(OpCode.SG_MAX, OpCode.MAX, value, _lowest(value.dtype))
 
     def _workgroup_reduce(self, across: OpCode, pairwise: OpCode, value: Value, identity: Number) -> Value:
-        """Reduce each subgroup, then the partial results, which every subgroup reads back from shared memory."""
+        """Reduce each subgroup; then every invocation combines the partial results, in the same order, from shared memory."""
         scratch = self._scratch(value.dtype)
         partial = self._subgroup(across, value)
-        with self.when(self.subgroup_lane() == 0):
+        with self.when(self.subgroup_elect()):
             scratch[self.subgroup_id()] = partial
         self.barrier("each subgroup's partial result is in shared memory")
         total = self.var(value.dtype, identity)
-        with self.range(self.subgroup_lane(), self.num_subgroups(), step=self.subgroup_size()) as i:
+        with self.range(0, self.num_subgroups()) as i:
             total.set(self.emit(pairwise, value.dtype, (total.get().op, scratch[i].op)))
-        result = self._subgroup(across, total.get())
         self.barrier("the scratch may be written again")
-        return self.assume_uniform(result)
+        return self.assume_uniform(total.get())
 
     def _scratch(self, dtype: DType) -> Shared:
         """Shared memory with one slot a subgroup (as many as invocations: a subgroup may have one lane)."""
