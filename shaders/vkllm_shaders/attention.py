@@ -6,7 +6,8 @@ positions, which is all that causality needs. A row of length 0 is padding: its 
 
 `direct(spec)` covers a row's whole length in one workgroup and writes the output. Where there are too few (row, KV head)
 pairs to fill the device, `partial(spec)` gives `split` positions to a workgroup and `combine(spec)` merges. lavapipe has as
-many workers as threads: with two, `direct` is right for any model of two KV heads or more, and saves a dispatch.
+many workers as threads: with two, `direct` is right for any model of two KV heads or more, and saves a dispatch. A GPU that
+decodes one long sequence wants the split.
 
 Schedules ("lanes" is the subgroup size):
 - "lane_row" (lavapipe): one subgroup a workgroup, texel reads, values pass between lanes by constant-lane shuffles only.
@@ -23,7 +24,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, reduce
 from typing import Any, Literal
 
@@ -79,6 +80,32 @@ class AttentionSpec:
         shape = f"d{self.head_dim}_g{self.group}_b{self.block_size}_s{self.lanes}_t{self.turn}_p{self.split}"
         return f"{self.schedule}_{shape}" + (f"_n{self.subgroups}" if self.schedule == "lane_chunk" else "")
 
+    @property
+    def invocations(self) -> int:
+        """The workgroup size of `direct` and `partial`."""
+        return self.lanes * (self.subgroups if self.schedule == "lane_chunk" else 1)
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Shared memory of a workgroup: the queries, and every subgroup's state and values."""
+        floats = self.group * self.head_dim + self.subgroups * self.group * (self.head_dim + 2)
+        return 4 * floats if self.schedule == "lane_chunk" else 0
+
+    def fitted(self, max_shared_bytes: int, max_invocations: int) -> AttentionSpec:
+        """The same with as many subgroups a workgroup as a device's limits allow, 8 at most.
+
+        Raises: KernelError: not even one fits.
+        """
+        for subgroups in (8, 4, 2, 1):
+            spec = replace(self, subgroups=subgroups)
+            if spec.shared_nbytes <= max_shared_bytes and spec.invocations <= max_invocations:
+                return spec
+        least = replace(self, subgroups=1).shared_nbytes
+        raise KernelError(
+            f"attention, {self.group} heads of {self.head_dim}, needs {least} bytes of shared memory of {max_shared_bytes}",
+            hint='use schedule="lane_row", which needs none',
+        )
+
     def n_split(self, n_position: int) -> int:
         """Workgroups of `partial` a (row, KV head) that cover `n_position` positions."""
         return -(-n_position // self.split)
@@ -118,7 +145,7 @@ def _attention(spec: AttentionSpec, direct: bool) -> Kernel:
         params=read(u32),
         out=write(f32),
         push={"n_token": u32, "n_kv_head": u32},
-        local_size=spec.lanes if spec.schedule == "lane_row" else spec.lanes * spec.subgroups,
+        local_size=spec.invocations,
         name=name,
     )
     def attention(
@@ -378,7 +405,7 @@ def _across(b: Block, combine: Callable[[Value, Value], Value], value: Value, la
 def _lane_chunk(b: Block, spec: AttentionSpec, q: Buffer, cache: _Cache, result: _Result, first: Value, last: Value) -> None:
     """Several subgroups, each taking `lanes` positions a turn; all go round the loop equally often."""
     lane, subgroup, n_dim = b.subgroup_lane(), b.subgroup_id(), spec.group * spec.head_dim
-    invocations = spec.lanes * spec.subgroups
+    invocations = spec.invocations
     queries = b.shared(f32x4, n_dim // 4)
     with b.range(b.local_index(), n_dim // 4, step=invocations) as i:
         queries[i] = q[result.pair * (n_dim // 4) + i] * _score_scale(spec)
@@ -432,7 +459,7 @@ def _merge_subgroups(
     b: Block, spec: AttentionSpec, heads: list[_Head], n_subset: int, chunks: list[Value], result: _Result
 ) -> None:
     """Bring the subgroups of a workgroup to one largest score a head, add them up, store."""
-    lane, subgroup, invocations = b.subgroup_lane(), b.subgroup_id(), spec.lanes * spec.subgroups
+    lane, subgroup, invocations = b.subgroup_lane(), b.subgroup_id(), spec.invocations
     state = b.shared(f32, 2 * spec.subgroups * spec.group)
     values = b.shared(f32, spec.subgroups * spec.group * spec.head_dim)
     for g, head in enumerate(heads):

@@ -165,3 +165,17 @@ def test_refused_specs() -> None:
         AttentionSpec(20, 1)
     with pytest.raises(KernelError, match="split 100"):
         AttentionSpec(64, 1, split=100)
+
+
+def test_fitted_to_limits() -> None:
+    spec = AttentionSpec(128, 8, lanes=32, schedule="lane_chunk")
+    assert spec.fitted(1 << 17, 1024).subgroups == 8
+    assert spec.fitted(32768, 1024).subgroups == 4
+    assert spec.fitted(1 << 17, 64).subgroups == 2
+    with pytest.raises(KernelError, match="shared memory"):
+        spec.fitted(4096, 1024)
+
+
+@pytest.mark.parametrize("subgroups", [1, 2, 8])
+def test_subgroups_a_workgroup(subgroups: int) -> None:
+    check_direct(AttentionSpec(32, 2, lanes=lanes(), schedule="lane_chunk", subgroups=subgroups), 2, [1, 33, 0, 300])
