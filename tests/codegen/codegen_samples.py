@@ -135,7 +135,8 @@ def narrow(b: Block, h: Buffer, q: Buffer, u: Buffer, s: Buffer, y: Buffer, z: B
 
 
 @kernel(
-    x=texel(f32x4, uniform=True), ids=texel(u32), h=texel(f16x4), y=write(f32x4), flags=write(u32), push={"scale": f32}, local_size=8
+    x=texel(f32x4, uniform=True), ids=texel(u32), h=texel(f16x4), y=write(f32x4), flags=write(u32), push={"scale": f32},
+    local_size=8,
 )
 def vectors(b: Block, x: Buffer, ids: Buffer, h: Buffer, y: Buffer, flags: Buffer, *, scale: Value) -> None:
     """Vector arithmetic, uniform and scalar texel buffers, mathematics, selections."""

@@ -233,3 +233,23 @@ def test_random_expressions(data: st.DataObject) -> None:
         np.testing.assert_array_equal(buffers["out"], wanted[0])
     if data.draw(st.integers(0, 9)) == 0:
         validate(k)
+
+
+def test_printed_program() -> None:
+    def body(b: Block, x: Buffer, y: Buffer, n: Value) -> None:
+        with b.range(0, n) as i, b.when(x[i] > 3):
+            y[i] = x[i] * 8
+
+    assert build(body).ir() == (
+        "kernel example, local size (8, 1, 1)\n"
+        "  binding 0 x: read storage u32\n"
+        "  binding 1 y: write storage u32\n"
+        "  push n: u32\n"
+        "  range 0 n 1 [1] as i1\n"
+        "    v2: u32 = buf_load i1 [0]\n"
+        "    v3: boolean = gt v2 3\n"
+        "    if v3\n"
+        "      v5: u32 = buf_load i1 [0]\n"
+        "      v6: u32 = shl v5 3\n"
+        "      buf_store i1 v6 [1]\n"
+    )

@@ -14,6 +14,13 @@ def hoist(program: Program) -> Program:
     return _Hoist().run(program)
 
 
+def _may_run_early(op: Op) -> bool:
+    """Whether computing `op` is harmless even if the loop never runs: no division by zero, no index out of range."""
+    if op.code in (OpCode.IDIV, OpCode.MOD):
+        return op.src[1].code is OpCode.CONST and op.src[1].arg != 0
+    return op.code not in (OpCode.EXTRACT_DYN, OpCode.UNIFORM)
+
+
 class _Hoist(Rewriter):
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +49,7 @@ class _Hoist(Rewriter):
 
     def visit(self, op: Op) -> Op:
         level = len(self.scopes) - 1
-        if op.code in PURE:
+        if op.code in PURE and _may_run_early(op):
             needed = max((self.depth[s] for s in op.src if s.code not in LEAVES), default=0)
             while level > needed and self.is_loop[level]:
                 level -= 1

@@ -22,13 +22,13 @@ VULKAN_BARRIER_SEMANTICS = BARRIER_SEMANTICS | SEMANTICS["MakeAvailable"] | SEMA
 SIGNED_OPERANDS = ("MatrixASigned", "MatrixBSigned", "MatrixCSigned", "MatrixResultSigned")
 
 
-def emit_module(program: Program) -> tuple[bytes, frozenset[str]]:
-    """The SPIR-V module of a program, and the feature words it needs."""
+def emit_module(program: Program) -> bytes:
+    """The SPIR-V module of a program."""
     features = program_features(program)
     module = Module()
     declare(module, features)
     _Function(module, program, "coopmat" in features).emit()
-    return module.finish(), features
+    return module.finish()
 
 
 class _Function:

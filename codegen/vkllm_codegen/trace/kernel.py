@@ -80,19 +80,27 @@ class Kernel:
         return self.program.default_local_size
 
     @cached_property
-    def _module(self) -> tuple[bytes, frozenset[str]]:
+    def _module(self) -> bytes:
         from ..spirv.emit import emit_module
 
         return emit_module(self.program)
 
     def spirv(self) -> bytes:
         """The SPIR-V module."""
-        return self._module[0]
+        return self._module
 
-    @property
+    @cached_property
     def features(self) -> frozenset[str]:
         """What the device must offer: words such as "float16", "storage16", "dot8", "subgroup_shuffle", "coopmat"."""
-        return self._module[1]
+        from ..spirv.features import program_features
+
+        return program_features(self.program)
+
+    def ir(self) -> str:
+        """The optimized program as text."""
+        from ..printer import program_text
+
+        return program_text(self.program)
 
     def spvasm(self) -> str:
         """The module as text."""
