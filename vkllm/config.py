@@ -11,6 +11,7 @@ from vkllm.errors import ConfigError, UnsupportedModelError
 
 RopePairing = Literal["interleaved", "half"]
 Activations = Literal["auto", "f32", "int8"]
+Schedule = Literal["auto", "lane_row", "lane_chunk"]
 
 ROPE_PAIRING: dict[str, RopePairing] = {"llama": "interleaved", "qwen2": "half"}
 """Supported architectures, and how each pairs the dimensions that RoPE rotates: (2i, 2i+1) or (i, i + rope_dim/2)."""
@@ -170,12 +171,14 @@ class RuntimeConfig:
 
     `prefill_chunk`: prompt tokens in one replayed recording. `block_size`: KV-cache positions in a block.
     `activations`: "int8" quantizes them before matrix products, "auto" where that is faster. `submit_ms`: about how long one
-    submit may run: drivers kill work that takes seconds, and pacing acts between submits.
+    submit may run: drivers kill work that takes seconds, and pacing acts between submits. `schedule`: how kernels share work
+    over lanes, by default what suits the kind of device (KERNELS: "lane_row" CPUs, "lane_chunk" GPUs).
     """
 
     device: str | int | None = None
     n_ctx: int | None = None
     activations: Activations = "auto"
+    schedule: Schedule = "auto"
     prefill_chunk: int = 64
     n_seq: int = 1
     block_size: int = 32
@@ -185,6 +188,8 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         if self.activations not in get_args(Activations):
             raise ConfigError(f"activations is {self.activations!r}", hint="choose auto, f32 or int8")
+        if self.schedule not in get_args(Schedule):
+            raise ConfigError(f"schedule is {self.schedule!r}", hint="choose auto, lane_row or lane_chunk")
         for name in ("n_ctx", "prefill_chunk", "n_seq", "block_size"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):

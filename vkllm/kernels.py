@@ -53,9 +53,9 @@ class Lowering:
         c, lanes = graph.config, device.limits.subgroup_size
         self.graph, self.runtime, self.n_ctx, self.n_block = graph, runtime, n_ctx, n_block
         self.capacity = max(runtime.prefill_chunk, runtime.n_seq)
-        cpu = device.kind == "cpu"
+        lane_row = device.kind == "cpu" if runtime.schedule == "auto" else runtime.schedule == "lane_row"
         self.lanes = lanes
-        self.layout = Layout("lane_row", lanes=lanes) if cpu else Layout("lane_chunk", lanes=1)
+        self.layout = Layout("lane_row", lanes=lanes) if lane_row else Layout("lane_chunk", lanes=1)
         self.activations: str = "f32" if runtime.activations == "auto" else runtime.activations
         self._kernels = KernelCache()
         self._rate = RATES.get(device.kind, DISCRETE_RATE)

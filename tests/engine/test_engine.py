@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from vkllm import LLMEngine, RuntimeConfig, SamplingParams
+from vkllm.config import Activations
 from vkllm.diff import diff, nmse
 from vkllm.errors import ConfigError, ContextTooLongError, NonFiniteError, RequestError
 from vkllm.reference import ReferenceExecutor
@@ -58,6 +59,23 @@ def test_logits_of_prefill_and_of_single_steps(engine: LLMEngine) -> None:
     for values in (engine.logits(ids), engine.logits(ids[:24], step=True)):
         assert values.dtype == np.float32
         assert nmse(values, expected[: len(values)]) < 1e-6
+
+
+@pytest.mark.parametrize("activations", ["f32", "int8"])
+def test_the_schedule_for_gpus_gives_the_same_numbers(engine: LLMEngine, activations: Activations) -> None:
+    ids = engine.tokenizer.encode("Once upon a time there was a small dog who lived near the river. " * 3)[:40]
+    expected = ReferenceExecutor(engine.graph, engine.file, n_ctx=256).forward(ids)
+    with LLMEngine.init_model("tiny", RuntimeConfig(n_ctx=256, schedule="lane_chunk", activations=activations)) as gpu:
+        for values in (gpu.logits(ids), gpu.logits(ids[:5], step=True)):
+            assert nmse(values, expected[: len(values)]) < (1e-6 if activations == "f32" else 1e-2)
+
+
+def test_int8_activations_are_near_the_reference(engine: LLMEngine) -> None:
+    ids = engine.tokenizer.encode("Once upon a time there was a small dog")
+    expected = ReferenceExecutor(engine.graph, engine.file, n_ctx=256).forward(ids)
+    with LLMEngine.init_model("tiny", RuntimeConfig(n_ctx=256, activations="int8")) as quantized:
+        error = nmse(quantized.logits(ids), expected)
+    assert 1e-9 < error < 1e-2
 
 
 def test_diff_finds_nothing_in_a_right_engine_and_the_op_in_a_wrong_one(engine: LLMEngine) -> None:
