@@ -5,8 +5,10 @@ The engine makes kernels for the model and the device at hand; this list, for pe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 from vkllm_codegen import Kernel
 from vkllm_shaders import attention, embed, matmul, rmsnorm, rope, sample, softmax
@@ -23,6 +25,38 @@ INT8_FORMATS = ("Q4_0", "Q8_0", "Q4_K", "Q6_K")
 def all_kernels(row_lanes: int = 8, chunk_lanes: int = 32) -> list[Kernel]:
     """The kernels of `entries`, traced now (about 0.1 s each); their names are unique."""
     return [make() for _, make in entries(row_lanes, chunk_lanes)]
+
+
+def export(out: Path, progress: Callable[[str], object] = lambda label: None) -> int:
+    """Write each kernel to the folder `out` as .spv, .spvasm and .comp, and manifest.json with all their interfaces.
+
+    `progress(label)` is called before each kernel. Returns: how many were written. Raises: OSError.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    manifest = []
+    for label, make in entries():
+        progress(label)
+        kernel = make()
+        (out / f"{kernel.name}.spv").write_bytes(kernel.spirv())
+        (out / f"{kernel.name}.spvasm").write_text(kernel.spvasm())
+        (out / f"{kernel.name}.comp").write_text(kernel.glsl())
+        manifest.append(interface(kernel))
+    (out / "manifest.json").write_text(json.dumps({"kernels": manifest}, indent=1) + "\n")
+    return len(manifest)
+
+
+def interface(kernel: Kernel) -> dict[str, object]:
+    """What a host program needs to dispatch a kernel's .spv, in JSON's types. Bindings are numbered from 0 in this order."""
+    bindings = [{"name": b.name, "kind": b.kind, "type": str(b.dtype), "access": b.access} for b in kernel.bindings]
+    return {
+        "name": kernel.name,
+        "spirv_bytes": len(kernel.spirv()),
+        "local_size": list(kernel.local_size),
+        "bindings": bindings,
+        "push": [{"name": name, "type": str(dtype), "offset": offset} for name, dtype, offset in kernel.push],
+        "spec": [{"name": name, "id": number, "default": default} for name, (number, default) in kernel.spec.items()],
+        "features": sorted(kernel.features),
+    }
 
 
 def entries(row_lanes: int = 8, chunk_lanes: int = 32) -> list[Entry]:
