@@ -6,6 +6,7 @@ any message fails the test. VKLLM_TEST_VALIDATION=0 turns that off.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,29 +18,35 @@ from vkllm.vk import Device, NullDevice, list_devices, open_device
 
 LAYER = "VK_LAYER_KHRONOS_validation"
 LAYER_DIRS = ("/usr/share/vulkan/explicit_layer.d", "/etc/vulkan/explicit_layer.d", "/usr/local/share/vulkan/explicit_layer.d")
-SETTINGS = """khronos_validation.debug_action = VK_DBG_LAYER_ACTION_LOG_MSG
-khronos_validation.log_filename = {log}
-khronos_validation.report_flags = error,warn,perf
-khronos_validation.enables = VK_VALIDATION_FEATURE_ENABLE_SYNCHRONIZATION_VALIDATION_EXT
-"""
+SETTINGS = {
+    "debug_action": "VK_DBG_LAYER_ACTION_LOG_MSG",
+    "report_flags": "error,warn,perf",
+}
+SYNC_SETTINGS = {"validate_sync": "true", "syncval_shader_accesses_heuristic": "true"}
+OLD_SYNC_SETTINGS = {"enables": "VK_VALIDATION_FEATURE_ENABLE_SYNCHRONIZATION_VALIDATION_EXT"}  # up to Vulkan SDK 1.3.2xx
 
 _scratch = tempfile.TemporaryDirectory(prefix="vkllm-tests-")
 _log = Path(_scratch.name, "validation.log")
 
 
-def validation_available() -> bool:
-    """Is the Khronos validation layer installed?"""
+def sync_settings() -> dict[str, str] | None:
+    """The settings that turn synchronization validation on in the installed layer; None where there is no layer."""
     dirs = [*os.environ.get("VK_LAYER_PATH", "").split(":"), *LAYER_DIRS]
-    return any(Path(d, "VkLayer_khronos_validation.json").exists() for d in dirs if d)
+    for manifest in (Path(d, "VkLayer_khronos_validation.json") for d in dirs if d):
+        if manifest.exists():
+            version = json.loads(manifest.read_text())["layer"]["api_version"]
+            return OLD_SYNC_SETTINGS if [int(n) for n in version.split(".")] < [1, 3, 280] else SYNC_SETTINGS
+    return None
 
 
 def pytest_configure() -> None:
     """Before any device is opened: a pipeline cache of our own, and the layers."""
     os.environ.setdefault("VKLLM_CACHE_DIR", str(Path(_scratch.name, "cache")))
-    if os.environ.get("VKLLM_TEST_VALIDATION", "1") != "0" and validation_available():
-        settings = Path(_scratch.name, "vk_layer_settings.txt")
-        settings.write_text(SETTINGS.format(log=_log))
-        os.environ["VK_LAYER_SETTINGS_PATH"] = str(settings)
+    sync = sync_settings()
+    if os.environ.get("VKLLM_TEST_VALIDATION", "1") != "0" and sync is not None:
+        file, lines = Path(_scratch.name, "vk_layer_settings.txt"), SETTINGS | sync | {"log_filename": str(_log)}
+        file.write_text("".join(f"khronos_validation.{key} = {value}\n" for key, value in lines.items()))
+        os.environ["VK_LAYER_SETTINGS_PATH"] = str(file)
         os.environ["VK_INSTANCE_LAYERS"] = LAYER
 
 

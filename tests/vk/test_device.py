@@ -266,8 +266,8 @@ def test_list_is_stable(device: Device) -> None:
 
 
 def test_lavapipe_lanes(device: Device) -> None:
-    if device.info.driver_name != "llvmpipe" or "avx512f" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("needs lavapipe on a CPU with AVX-512")
+    if "Mesa 22" not in device.info.driver_info or "avx512f" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("needs Debian 12's lavapipe on a CPU with AVX-512 (Mesa 26 ignores the wish for 16)")
     code = (
         "from vkllm.vk import list_devices as l; print([d.limits.subgroup_size for d in l() if d.driver_name == 'llvmpipe'][0])"
     )
