@@ -17,7 +17,7 @@ def test_saved_at_close_and_loaded(device: Device, tmp_path: Path) -> None:
             d.pipeline("double", spirv(DOUBLE), ("storage",), 4)
     files = list(tmp_path.iterdir())
     assert [f.name for f in files] == [cache.path(device.info, tmp_path).name]
-    assert len(cache.load(files[0])) >= 32
+    assert cache.load(files[0])
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign", "folder"])
