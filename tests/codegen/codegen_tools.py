@@ -17,20 +17,23 @@ from vkllm_codegen import Kernel
 FORMATS = {"u32": "r32ui", "u32x4": "rgba32ui", "f32x4": "rgba32f", "f16x4": "rgba16f"}
 
 
+COOP_UNKNOWN = ("Invalid capability operand: 6022", "GL_KHR_cooperative_matrix")  # what tools say that are too old for it
+
+
 def run_tool(*command: str) -> str:
-    """Run a program; fail the test with its output if it fails, skip where it is not installed."""
+    """Run a program; fail the test with its output if it fails. Skip where it is missing, or too old for cooperative matrices."""
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed (apt-get install spirv-tools glslang-tools)")
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}:\n{done.stdout}{done.stderr}"
+    output = done.stdout + done.stderr
+    if done.returncode and any(text in output for text in COOP_UNKNOWN):
+        pytest.skip(f"{command[0]} does not know cooperative matrices")
+    assert done.returncode == 0, f"{' '.join(command)}:\n{output}"
     return done.stdout
 
 
 def validate(kernel: Kernel) -> None:
-    """spirv-val on the module. Debian 12's does not know cooperative matrices: those modules are only decoded."""
-    if "coopmat" in kernel.features:
-        kernel.spvasm()
-        return
+    """spirv-val on the module."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "k.spv")
         path.write_bytes(kernel.spirv())
