@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from vkllm.config import RuntimeConfig
+from vkllm.config import ModelConfig, RuntimeConfig
 from vkllm.engine import LLMEngine
+from vkllm.errors import RequestError
+from vkllm.files import resolve_model
+from vkllm.files.gguf import GGUFFile
 from vkllm.sampler import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """Medians over the runs. Rates in tokens per second; `busy` is the share of CPU time that other processes took."""
+    """Medians over the runs. Rates in tokens per second, `tg_gb_s`: 1e9 bytes of weights; `busy`: CPUs that others used."""
 
     model: str
     device: str
@@ -56,11 +59,10 @@ def benchmark(model: str, runtime: RuntimeConfig, n_prompt: int, n_generate: int
     """Load `model`, then time `repeat` prefills of `n_prompt` random tokens and `repeat` runs of `n_generate` decode steps.
 
     `ttft_s` is the time from the call that loads the model to the first token of a one-token prompt.
+    Raises: RequestError: more tokens than the context holds; otherwise as LLMEngine.init_model.
     """
+    runtime = replace(runtime, n_ctx=_context(model, runtime, max(n_prompt, n_generate + 1) + 1))
     started = time.perf_counter()
-    need = max(n_prompt, n_generate + 1) + 1
-    if runtime.n_ctx is None:
-        runtime = replace(runtime, n_ctx=max(need, 512))
     with LLMEngine.init_model(model, runtime) as engine:
         rng = np.random.default_rng(1)
         prompt = [int(i) for i in rng.integers(0, engine.config.n_vocab, max(n_prompt, 1))]
@@ -92,6 +94,16 @@ def benchmark(model: str, runtime: RuntimeConfig, n_prompt: int, n_generate: int
             dispatches_per_layer=engine.chain.dispatches_per_layer,
             busy=max(0.0, (busy1 - busy0) - (own1 - own0)) / wall,
         )
+
+
+def _context(model: str, runtime: RuntimeConfig, need: int) -> int:
+    """The context to allocate: as asked for, else what the runs need and 512 at least, within what the model knows."""
+    with GGUFFile.open(resolve_model(model)) as file:
+        trained = ModelConfig.from_gguf(file).n_ctx
+    n_ctx = runtime.n_ctx or min(max(need, 512), trained)
+    if need > n_ctx:
+        raise RequestError(f"the runs need {need} positions; the context holds {n_ctx}", hint="lower -p and -n, or raise --n-ctx")
+    return n_ctx
 
 
 def _prefill_rate(engine: LLMEngine, prompt: list[int], greedy: SamplingParams) -> float:

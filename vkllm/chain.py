@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,6 @@ from vkllm.schedule import Barrier, Dispatch, Step, cut, order
 from vkllm.vk import Binding, Buffer, Device, Pipeline, Recording
 from vkllm.weights import check_weights, vector, vector_lengths, weight_bytes
 
-Outputs = Literal["none", "last", "all"]
 Watch = Callable[[str, NDArray[np.float32]], None]
 
 NO_SLOT = 0xFFFFFFFF  # a padding row: it writes no cache and reads none
@@ -34,40 +32,52 @@ DEFAULT_N_CTX = 4096
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive tokens of one sequence, the first at position `start`; `table` must cover the last one. `n_output`: of how many
+    of its last rows the logits are wanted."""
+
+    token_ids: Sequence[int]
+    start: int
+    table: BlockTable
+    n_output: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """One step's rows: each is a token with its position, cache slot and the length of its sequence so far (itself included).
 
-    All arrays are u32 [n_row]. `output_rows` [n_output] lists the rows whose logits are wanted.
+    u32 [n_row] each; `table_starts` is where a row's block table begins in `blocks`, all tables one behind the other.
+    `output_rows` [n_output] lists the rows whose logits are wanted, in order.
     """
 
     token_ids: NDArray[np.uint32]
     positions: NDArray[np.uint32]
     slots: NDArray[np.uint32]
     lengths: NDArray[np.uint32]
-    blocks: NDArray[np.uint32]
+    table_starts: NDArray[np.uint32]
     output_rows: NDArray[np.uint32]
+    blocks: NDArray[np.uint32]
 
     @classmethod
-    def of_sequence(cls, token_ids: Sequence[int], start: int, table: BlockTable, outputs: Outputs) -> Rows:
-        """Consecutive tokens of one sequence, the first at position `start`; `table` must cover the last one."""
-        n = len(token_ids)
-        positions = np.arange(start, start + n, dtype=np.uint32)
-        blocks = np.asarray(table.blocks, np.uint32)
-        slots = blocks[positions // table.block_size] * np.uint32(table.block_size) + positions % table.block_size
-        wanted = {"none": 0, "last": 1, "all": n}[outputs]
-        return cls(
-            np.asarray(token_ids, np.uint32),
-            positions,
-            slots.astype(np.uint32),
-            positions + 1,
-            blocks,
-            np.arange(n - wanted, n, dtype=np.uint32),
-        )
+    def of(cls, *spans: Span) -> Rows:
+        """The rows of one or more spans, in their order: any mix of decoding sequences and prefill chunks."""
+        columns: list[list[int]] = [[], [], [], [], []]
+        outputs: list[int] = []
+        blocks: list[int] = []
+        for span in spans:
+            n, first = len(span.token_ids), len(columns[0])
+            positions = range(span.start, span.start + n)
+            slots, lengths = [span.table.slot(p) for p in positions], [p + 1 for p in positions]
+            for column, values in zip(columns, (span.token_ids, positions, slots, lengths, [len(blocks)] * n), strict=True):
+                column.extend(values)
+            outputs += range(first + n - span.n_output, first + n)
+            blocks += span.table.blocks
+        return cls(*(np.asarray(values, np.uint32) for values in (*columns, outputs, blocks)))
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The greedy token of each output row, u32 [n_output]. `logits()` reads what is behind it, f32 [n_output, n_vocab], until the next step."""
+    """The greedy token of each output row, u32 [n_output]. `logits()`, valid until the next step: f32 [n_output, n_vocab]."""
 
     tokens: NDArray[np.uint32]
     logits: Callable[[], NDArray[np.float32]]
@@ -182,7 +192,7 @@ class ModelChain:
         t, n = recorded.capacity, len(rows.token_ids)
         params = np.zeros((6, t), np.uint32)
         params[2] = NO_SLOT
-        for field, values in enumerate((rows.token_ids, rows.positions, rows.slots, rows.lengths)):
+        for field, values in enumerate((rows.token_ids, rows.positions, rows.slots, rows.lengths, rows.table_starts)):
             params[field, :n] = values
         params[5, : len(rows.output_rows)] = rows.output_rows
         recorded.params.write(params.reshape(-1))

@@ -6,54 +6,113 @@ through rich. Exit status 1: an error of ours, printed with its hint; 2: wrong u
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
-from vkllm.config import ModelConfig, RuntimeConfig
-from vkllm.errors import HintedError, RequestError
+from vkllm.config import Activations, ModelConfig, RuntimeConfig
+from vkllm.errors import RequestError
+from vkllm_codegen.errors import HintedError
+
+if TYPE_CHECKING:
+    from vkllm.chat import Conversation
+    from vkllm.engine import LLMEngine
+    from vkllm.sampler import SamplingParams
+    from vkllm.vk import DeviceInfo
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Commands(TyperGroup):
+    """The commands; errors of ours and of the file system become one message with a hint, and exit status 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HintedError as error:
+            report(error.message, error.hint)
+        except OSError as error:
+            if error.filename is None or error.errno == errno.EPIPE:
+                raise
+            report(f"{error.filename}: {error.strerror}", "check the path and its permissions")
+        raise typer.Exit(1)
+
+
+def report(message: str, hint: str) -> None:
+    """An error for people, on standard error. Nothing in it is read as markup."""
+    err.print(f"[red]error:[/red] {escape(message)}")
+    if hint:
+        err.print(f"[dim]hint: {escape(hint)}[/dim]")
+
 
 app = typer.Typer(
-    help="Large language models on any Vulkan device.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+    cls=Commands,
+    help="Large language models on any Vulkan device.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
 )
-err = Console(stderr=True, highlight=False)
+
+
+def known_activations(value: str) -> str:
+    """Option check: one of the Activations."""
+    if value not in get_args(Activations):
+        raise typer.BadParameter(f"{value!r} is none of {', '.join(get_args(Activations))}")
+    return value
+
+
+def readable(text: str | None) -> str | None:
+    """Bytes of an argument that are no UTF-8 become U+FFFD: tokenizers and terminals take nothing else."""
+    return text and text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
 
 Model = Annotated[str, typer.Argument(help="A GGUF file, or `tiny`, the model that comes with vkllm.")]
-Prompt = Annotated[str, typer.Option("-p", "--prompt", help="The text to continue.")]
+Prompt = Annotated[str, typer.Option("-p", "--prompt", help="The text to continue.", callback=readable)]
+Tokens = Annotated[int, typer.Option("-n", "--max-tokens", min=0, help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option("--temp", min=0.0, help="0 is greedy.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same tokens.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="Index or part of the name (see `vkllm devices`).")]
-ContextOption = Annotated[int | None, typer.Option("--n-ctx", "-c", help="Positions in the KV cache.")]
-ActivationsOption = Annotated[str, typer.Option("--activations", help="auto, f32 or int8: how matrix products see activations.")]
+ContextOption = Annotated[int | None, typer.Option("--n-ctx", "-c", min=1, help="Positions in the KV cache.")]
+ActivationsOption = Annotated[
+    str, typer.Option(help="auto, f32 or int8: how matrix products see activations.", callback=known_activations)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 def runtime(device: str | None, n_ctx: int | None, activations: str, *, progress: bool = True) -> RuntimeConfig:
     """RuntimeConfig from the options that every command with a model has."""
-    return RuntimeConfig(device=device, n_ctx=n_ctx, activations=activations, progress=progress and sys.stderr.isatty())  # type: ignore[arg-type]
+    return RuntimeConfig(
+        device=device, n_ctx=n_ctx, activations=cast(Activations, activations), progress=progress and sys.stderr.isatty()
+    )
 
 
 def print_json(value: object) -> None:
-    """One JSON object on standard output."""
-    typer.echo(json.dumps(value, ensure_ascii=False))
+    """One JSON value on standard output."""
+    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 @app.command()
 def run(
     model: Model,
     prompt: Prompt,
-    n: Annotated[int, typer.Option("-n", "--max-tokens", help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option("--temp", help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option()] = 40,
-    top_p: Annotated[float, typer.Option()] = 0.95,
-    min_p: Annotated[float, typer.Option()] = 0.05,
-    repetition_penalty: Annotated[float, typer.Option()] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.")] = None,
+    n: Tokens = 128,
+    temperature: Temperature = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from this many; 0 keeps all.")] = 40,
+    top_p: Annotated[float, typer.Option(max=1.0, help="Draw from the likeliest that reach this sum.")] = 0.95,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Drop tokens below this share of the best one.")] = 0.05,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: recent tokens are less likely.")] = 1.0,
+    seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text (repeat for more).")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
     device: DeviceOption = None,
@@ -90,36 +149,39 @@ def run(
                 }
             )
             return
-        typer.echo(prompt, nl=False)
+        text = prompt  # shown with the first piece: an error leaves standard output empty
         for event in engine.stream(prompt, params):
-            typer.echo(event.text, nl=False)
-            sys.stdout.flush()
+            show(text + event.text)
+            text = ""
             if event.result:
                 typer.echo()
-                print_speed(
-                    engine.device.info.name, engine.load_s, event.result.timings.prompt_tok_s, event.result.timings.decode_tok_s
+                rates = event.result.timings
+                err.print(
+                    f"{engine.device.info.name} · loaded in {engine.load_s:.2f} s · prompt {rates.prompt_tok_s:.1f} tok/s"
+                    f" · generation {rates.decode_tok_s:.1f} tok/s",
+                    style="dim",
+                    markup=False,
                 )
 
 
-def print_speed(device: str, load_s: float, prompt_tok_s: float, decode_tok_s: float) -> None:
-    """The line under a generation."""
-    err.print(
-        f"[dim]{device} · loaded in {load_s:.2f} s · prompt {prompt_tok_s:.1f} tok/s · generation {decode_tok_s:.1f} tok/s[/dim]"
-    )
+def show(text: str) -> None:
+    """A piece of a generation, at once."""
+    typer.echo(text, nl=False)
+    sys.stdout.flush()
 
 
 @app.command()
 def chat(
     model: Model,
-    system: Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")] = None,
-    temperature: Annotated[float, typer.Option("--temp")] = 0.7,
-    seed: Annotated[int | None, typer.Option()] = None,
-    n: Annotated[int, typer.Option("-n", "--max-tokens", help="Most tokens an answer.")] = 512,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="System prompt.", callback=readable)] = None,
+    temperature: Temperature = 0.7,
+    seed: Seed = None,
+    n: Tokens = 512,
     device: DeviceOption = None,
     n_ctx: ContextOption = None,
     activations: ActivationsOption = "auto",
 ) -> None:
-    """Talk to a model that has a chat template. Ctrl-D ends, `/reset` starts over."""
+    """Talk to a model that has a chat template. Ctrl-C ends an answer, Ctrl-D the chat; `/reset` starts over."""
     from vkllm.chat import Conversation
     from vkllm.engine import LLMEngine
     from vkllm.sampler import SamplingParams
@@ -127,44 +189,59 @@ def chat(
     params = SamplingParams(temperature=temperature, seed=seed, max_tokens=n)
     with LLMEngine.init_model(model, runtime(device, n_ctx, activations)) as engine:
         conversation = Conversation(engine.tokenizer, system)
-        err.print(f"[dim]{engine.config.name or model} on {engine.device.info.name}; Ctrl-D ends, /reset starts over[/dim]")
+        name = f"{engine.config.name or model} on {engine.device.info.name}"
+        err.print(f"{name}; Ctrl-D ends, /reset starts over", style="dim", markup=False)
         while (line := ask()) is not None:
             if line.strip() == "/reset":
                 conversation.reset()
-                continue
-            if not line.strip():
-                continue
-            for event in engine.stream(conversation.ask(line), params):
-                typer.echo(event.text, nl=False)
-                sys.stdout.flush()
-                if event.result:
-                    conversation.answered(event.result.text)
-            typer.echo()
+            elif line.strip():
+                answer(engine, conversation, line, params)
 
 
 def ask() -> str | None:
     """One line from the person, or None at the end of input."""
     try:
-        return input("> ")
+        return readable(input("> " if sys.stdin.isatty() else ""))
     except (EOFError, KeyboardInterrupt):
         return None
+
+
+def answer(engine: LLMEngine, conversation: Conversation, line: str, params: SamplingParams) -> None:
+    """Stream the model's answer to one line. What cannot be answered is reported, and the chat goes on."""
+    try:
+        for event in engine.stream(conversation.ask(line), params):
+            show(event.text)
+            if event.result:
+                conversation.answered(event.result.text)
+        typer.echo()
+    except KeyboardInterrupt:
+        typer.echo()
+    except RequestError as error:
+        report(error.message, f"{error.hint}; /reset starts over")
 
 
 @app.command()
 def devices(as_json: JsonOption = False) -> None:
     """List the Vulkan devices, in the order in which vkllm would choose them."""
-    from vkllm.vk import list_devices
+    from vkllm.vk.device import PREFERENCE, list_devices
 
-    found = list_devices()
+    found = sorted(list_devices(), key=lambda d: PREFERENCE.index(d.kind))
     if as_json:
-        rows = [{k: v for k, v in asdict(d).items() if k != "limits"} | {"features": sorted(d.limits.features)} for d in found]
-        print_json({"devices": rows})
+        print_json({"devices": [described(d) for d in found]})
         return
-    table = Table("index", "name", "kind", "driver", "memory", "free", "features")
+    table = Table("index", "name", "kind", "driver", "memory", "free")
     for d in found:
         gib = (f"{d.memory_bytes / 2**30:.1f} GiB", f"{d.available_bytes / 2**30:.1f} GiB")
-        table.add_row(str(d.index), d.name, d.kind, f"{d.driver_name} {d.driver_info}", *gib, " ".join(sorted(d.limits.features)))
-    Console().print(table)
+        table.add_row(str(d.index), escape(d.name), d.kind, escape(f"{d.driver_name} {d.driver_info}"), *gib)
+    Console().print(table if found else "no Vulkan device; `vkllm doctor` tells what to do")
+
+
+def described(device: DeviceInfo) -> dict[str, object]:
+    """A device in JSON's types: bytes as hexadecimal, sets as sorted lists."""
+    fields = asdict(device)
+    limits = fields.pop("limits")
+    fields |= {"features": sorted(limits["features"]), "subgroup_size": limits["subgroup_size"]}
+    return {name: value.hex() if isinstance(value, bytes) else value for name, value in fields.items()}
 
 
 @app.command()
@@ -176,9 +253,11 @@ def doctor(device: DeviceOption = None, as_json: JsonOption = False) -> None:
     if as_json:
         print_json({"ok": all(c.ok for c in checks), "checks": [asdict(c) for c in checks]})
     else:
+        console = Console(highlight=False, soft_wrap=True)
         for c in checks:
-            mark = "[green]ok  [/green]" if c.ok else "[red]FAIL[/red]"
-            Console(highlight=False).print(f"{mark} {c.name}: {c.found}" + (f"\n     next: {c.next_step}" if not c.ok else ""))
+            console.print(f"{'[green]ok  [/green]' if c.ok else '[red]FAIL[/red]'} {c.name}: {escape(c.found)}")
+            if not c.ok:
+                console.print(f"     next: {escape(c.next_step)}")
     raise typer.Exit(0 if all(c.ok for c in checks) else 1)
 
 
@@ -211,21 +290,21 @@ def inspect(
             )
             return
         console = Console()
-        table = Table("key", "value", title=str(model))
+        table = Table("key", "value", title=escape(model))
         for key, value in (config | {"parameters": f"{n_parameter:,}", "tensor types": types}).items():
-            table.add_row(key, str(value))
+            table.add_row(key, escape(str(value)))
         console.print(table)
         if tensors:
             listing = Table("tensor", "shape", "type", "bytes")
             for t in file.tensors.values():
-                listing.add_row(t.name, " × ".join(map(str, t.shape)), t.type, f"{t.nbytes:,}")
+                listing.add_row(escape(t.name), " × ".join(map(str, t.shape)), t.type, f"{t.nbytes:,}")
             console.print(listing)
 
 
 @app.command()
 def tokenize(
     model: Model,
-    text: Annotated[str, typer.Argument(help="The text; `-` reads standard input.")],
+    text: Annotated[str, typer.Argument(help="The text; `-` reads standard input.", callback=readable)],
     no_special: Annotated[
         bool, typer.Option("--no-special", help="No BOS or EOS; control tokens in the text stay text.")
     ] = False,
@@ -245,7 +324,7 @@ def tokenize(
 def diff(
     model: Model,
     prompt: Prompt,
-    limit: Annotated[float, typer.Option(help="NMSE above which an op has diverged.")] = 1e-4,
+    limit: Annotated[float, typer.Option(min=0.0, help="NMSE above which an op has diverged.")] = 1e-4,
     device: DeviceOption = None,
     activations: ActivationsOption = "f32",
     as_json: JsonOption = False,
@@ -255,13 +334,14 @@ def diff(
     from vkllm.engine import LLMEngine
 
     with LLMEngine.init_model(model, runtime(device, None, activations, progress=not as_json)) as engine:
-        report = compare(engine, engine.tokenizer.encode(prompt), limit)
-    first = report.first_divergence
+        found = compare(engine, engine.tokenizer.encode(prompt), limit)
+    first = found.first_divergence
     if as_json:
-        print_json({"ops": [asdict(d) for d in report.ops], "limit": limit, "first_divergence": first.op if first else None})
+        ops = [{k: None if v in (math.inf,) or v != v else v for k, v in asdict(d).items()} for d in found.ops]
+        print_json({"ops": ops, "limit": limit, "first_divergence": first.op if first else None})
     else:
         table = Table("op", "NMSE", "max |difference|")
-        for d in report.ops:
+        for d in found.ops:
             table.add_row(d.op, f"{d.nmse:.2e}", f"{d.max_abs:.2e}", style="red" if d == first else None)
         Console().print(table)
         Console().print(
@@ -275,9 +355,9 @@ def diff(
 @app.command()
 def bench(
     model: Model,
-    n_prompt: Annotated[int, typer.Option("-p", help="Prompt tokens.")] = 512,
-    n_generate: Annotated[int, typer.Option("-n", help="Generated tokens.")] = 128,
-    repeat: Annotated[int, typer.Option("-r", help="Runs; the median counts.")] = 5,
+    n_prompt: Annotated[int, typer.Option("-p", min=0, help="Prompt tokens.")] = 512,
+    n_generate: Annotated[int, typer.Option("-n", min=0, help="Generated tokens.")] = 128,
+    repeat: Annotated[int, typer.Option("-r", min=1, help="Runs; the median counts.")] = 5,
     device: DeviceOption = None,
     n_ctx: ContextOption = None,
     activations: ActivationsOption = "auto",
@@ -286,13 +366,13 @@ def bench(
     """Measure prefill and decode speed, load time, time to the first token and memory."""
     from vkllm.benchmark import benchmark
 
-    report = benchmark(model, runtime(device, n_ctx, activations, progress=not as_json), n_prompt, n_generate, repeat)
+    figures = benchmark(model, runtime(device, n_ctx, activations, progress=not as_json), n_prompt, n_generate, repeat)
     if as_json:
-        print_json(asdict(report))
+        print_json(asdict(figures))
         return
-    table = Table("figure", "value", title=f"{model} on {report.device}")
-    for key, value in asdict(report).items():
-        table.add_row(key, f"{value:,.2f}" if isinstance(value, float) else str(value))
+    table = Table("figure", "value", title=escape(f"{model} on {figures.device}"))
+    for key, value in asdict(figures).items():
+        table.add_row(key, f"{value:,.2f}" if isinstance(value, float) else escape(str(value)))
     Console().print(table)
 
 
@@ -301,7 +381,7 @@ def logits(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="The .npy file to write.")],
     ids: Annotated[str | None, typer.Option(help="Token ids, separated by commas.")] = None,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Or a text.")] = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Or a text.", callback=readable)] = None,
     step: Annotated[bool, typer.Option("--step", help="Decode token by token instead of one prefill.")] = False,
     device: DeviceOption = None,
     n_ctx: ContextOption = None,
@@ -310,22 +390,23 @@ def logits(
     """Write the logits of every token, float32 [n_token, n_vocab]."""
     from vkllm.engine import LLMEngine
 
+    if (ids is None) == (prompt is None):
+        raise typer.BadParameter("give --ids or -p, one of them")
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"the folder {out.parent} does not exist", param_hint="--out")
+    given = parse_ids(ids) if ids is not None else None
     with LLMEngine.init_model(model, runtime(device, n_ctx, activations)) as engine:
-        token_ids = parse_ids(ids) if ids is not None else engine.tokenizer.encode(prompt or "")
-        values = engine.logits(token_ids, step=step)
+        values = engine.logits(engine.tokenizer.encode(prompt or "") if given is None else given, step=step)
     with open(out, "wb") as sink:
         np.save(sink, values)
 
 
 def parse_ids(text: str) -> list[int]:
-    """ "1,2,3" as a list.
-
-    Raises: RequestError: something that is no number.
-    """
+    """ "1,2,3" as a list."""
     try:
         return [int(piece) for piece in text.split(",")]
     except ValueError:
-        raise RequestError(f"--ids is {text!r}; expected numbers separated by commas", hint="for example --ids 1,2,3") from None
+        raise typer.BadParameter(f"{text!r} is no list like 1,2,3", param_hint="--ids") from None
 
 
 @app.command()
@@ -338,16 +419,8 @@ def shaders(out: Annotated[Path, typer.Argument(help="Folder for .spv, .spvasm, 
 
 
 def main() -> None:
-    """Entry point: errors of ours become one message with a hint."""
-    try:
-        app()
-    except HintedError as error:
-        err.print(f"[red]error:[/red] {error.message}", markup=True)
-        if error.hint:
-            err.print(f"[dim]hint: {error.hint}[/dim]")
-        sys.exit(1)
-    except BrokenPipeError:
-        sys.exit(1)
+    """Entry point of the `vkllm` script and of `python -m vkllm`."""
+    app(prog_name="vkllm")
 
 
 if __name__ == "__main__":

@@ -11,17 +11,38 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vkllm.chain import Rows
+from vkllm.chain import Rows, Span
 from vkllm.engine import LLMEngine
 from vkllm.reference import ReferenceExecutor
 
 
 def nmse(actual: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
     """Normalized mean squared error: |actual - expected|² / |expected|², in float64."""
-    a, e = actual.astype(np.float64), expected.astype(np.float64)
-    power = float(np.sum(e * e))
-    error = float(np.sum((a - e) ** 2))
-    return error / power if power else (0.0 if error == 0.0 else float("inf"))
+    sums = _Sums()
+    sums.add(actual, expected)
+    return sums.nmse
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What the figures of one op are made of, added up over chunks."""
+
+    error: float = 0.0
+    power: float = 0.0
+    max_abs: float = 0.0
+    finite: bool = True
+
+    def add(self, actual: NDArray[np.floating], expected: NDArray[np.floating]) -> None:
+        wide = expected.astype(np.float64)
+        difference = actual.astype(np.float64) - wide
+        self.error += float(np.sum(difference * difference))
+        self.power += float(np.sum(wide * wide))
+        self.max_abs = max(self.max_abs, float(np.max(np.abs(difference))))
+        self.finite &= bool(np.isfinite(actual).all())
+
+    @property
+    def nmse(self) -> float:
+        return self.error / self.power if self.power else (0.0 if self.error == 0.0 else float("inf"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +68,22 @@ class DiffReport:
 
 
 def diff(engine: LLMEngine, token_ids: Sequence[int], limit: float = 1e-4) -> DiffReport:
-    """Compare every op's output for one prefill of `token_ids` (at most one chunk of the engine's prefill).
+    """Compare every op's output for a prefill of `token_ids`; an op's figures are over all of the prefill's chunks.
 
-    Raises: RequestError: ids out of range or more than the context.
+    Raises: RequestError: no ids, or one that is not in the vocabulary; ContextTooLongError.
     """
-    ids = list(token_ids)[: engine.runtime.prefill_chunk]
+    engine.check_prompt(token_ids)
+    reference = ReferenceExecutor(engine.graph, engine.file, n_ctx=engine.n_ctx)
     expected: dict[str, NDArray[np.floating]] = {}
-    ReferenceExecutor(engine.graph, engine.file, n_ctx=engine.n_ctx).forward(
-        ids, watch=lambda op, y: expected.update({op: np.array(y)})
-    )
-
-    found: list[OpDifference] = []
+    sums: dict[str, _Sums] = {}
 
     def compare(op: str, y: NDArray[np.float32]) -> None:
-        if op in expected:
-            e = expected[op]
-            found.append(OpDifference(op, nmse(y, e), float(np.max(np.abs(y - e))), bool(np.isfinite(y).all())))
+        sums.setdefault(op, _Sums()).add(y, expected[op])
 
-    with engine.scratch_sequence(len(ids)) as table:
-        engine.chain.forward(Rows.of_sequence(ids, 0, table, outputs="all"), watch=compare)
-    return DiffReport(tuple(found), limit)
+    size = engine.runtime.prefill_chunk
+    with engine.scratch_sequence(len(token_ids)) as table:
+        for start in range(0, len(token_ids), size):
+            chunk = token_ids[start : start + size]
+            reference.forward(chunk, watch=lambda op, y: expected.update({op: np.array(y)}))
+            engine.chain.forward(Rows.of(Span(chunk, start, table, n_output=len(chunk))), watch=compare)
+    return DiffReport(tuple(OpDifference(op, s.nmse, s.max_abs, s.finite) for op, s in sums.items()), limit)

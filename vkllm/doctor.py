@@ -1,19 +1,30 @@
-"""`vkllm doctor`: is everything there that vkllm needs? Each check says what it found and, if it failed, what to do next."""
+"""`vkllm doctor`: is everything there that vkllm needs? Each check says what it found and, if it failed, what to do next.
+
+Nothing here may fail where there is no loader or driver, so `vkllm.vk` loads the native module within the checks only.
+"""
 
 from __future__ import annotations
 
-import ctypes.util
+import ctypes
 import os
-from collections.abc import Callable, Iterator
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vkllm.errors import HintedError
-from vkllm.vk import Binding, Device, list_devices, open_device
+from vkllm import vk
+from vkllm.vk import Binding
 from vkllm.vk.cache import directory
+from vkllm_codegen.errors import HintedError
 
+if TYPE_CHECKING:
+    from vkllm.vk import Device
+
+LOADER = {"win32": "vulkan-1.dll", "darwin": "libvulkan.1.dylib"}.get(sys.platform, "libvulkan.so.1")
+RENDER_NODES = Path("/dev/dri")
+LEAST_BYTES = 256 << 20
 INSTALL_DRIVERS = "install a Vulkan driver: `apt install mesa-vulkan-drivers` (AMD, Intel, CPU) or NVIDIA's own driver"
 
 
@@ -29,79 +40,73 @@ class Check:
 
 def examine(selector: str | int | None = None) -> list[Check]:
     """Run all checks in order; those that need a device are left out when there is none."""
-    checks = [loader(), drivers(), permissions(), *caches()]
+    checks = [loader(), drivers(), permissions(), cache()]
     if not all(c.ok for c in checks[:2]):
         return checks
     try:
-        device = open_device(selector)
+        device = vk.open_device(selector)
     except HintedError as error:
         return [*checks, Check("device", False, error.message, error.hint)]
     with device:
-        checks.append(
-            Check("device", True, f"{device.info.name} ({device.info.kind}, {device.info.driver_name} {device.info.driver_info})")
-        )
-        checks += [memory(device), kernel_result(device)]
-    return checks
+        info = device.info
+        found = Check("device", True, f"{info.name} ({info.kind}, {info.driver_name} {info.driver_info})")
+        return [*checks, found, memory(device), kernel_result(device)]
 
 
 def loader() -> Check:
     """The Vulkan loader library."""
-    found = ctypes.util.find_library("vulkan")
-    return Check("Vulkan loader", bool(found), found or "libvulkan.so.1 not found", "`apt install libvulkan1`")
+    try:
+        ctypes.CDLL(LOADER)
+    except OSError as error:
+        return Check("Vulkan loader", False, str(error), "install it: `apt install libvulkan1`")
+    return Check("Vulkan loader", True, LOADER)
 
 
 def drivers() -> Check:
     """At least one device with a driver."""
     try:
-        names = [d.name for d in list_devices()]
+        names = [d.name for d in vk.list_devices()]
     except HintedError as error:
         return Check("drivers", False, error.message, error.hint or INSTALL_DRIVERS)
-    return Check("drivers", bool(names), ", ".join(names) or "no Vulkan device", INSTALL_DRIVERS)
+    chosen = next((name for name in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES") if os.environ.get(name)), None)
+    advice = f"unset {chosen}, which is {os.environ[chosen]}" if chosen else INSTALL_DRIVERS
+    return Check("drivers", bool(names), ", ".join(names) or "no Vulkan device", advice)
 
 
 def permissions() -> Check:
     """Render nodes must be readable and writable; a machine without any has no GPU, which is fine."""
-    nodes = sorted(Path("/dev/dri").glob("renderD*")) if Path("/dev/dri").is_dir() else []
+    nodes = sorted(RENDER_NODES.glob("renderD*"))
     denied = [str(node) for node in nodes if not os.access(node, os.R_OK | os.W_OK)]
-    found = f"no access to {', '.join(denied)}" if denied else f"{len(nodes)} render nodes, all accessible"
+    found = f"no right to use {', '.join(denied)}" if denied else f"{len(nodes)} render nodes, all accessible"
     return Check("permissions", not denied, found, "`sudo usermod -aG render $USER`, then log in again")
 
 
-def caches() -> Iterator[Check]:
-    """The pipeline cache must be writable, or every start compiles all kernels again."""
+def cache() -> Check:
+    """The cache of kernels and pipelines must be writable, or every start compiles all of them again."""
     folder = directory()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         ok = os.access(folder, os.W_OK)
     except OSError:
         ok = False
-    yield Check("pipeline cache", ok, str(folder), "make it writable, or set VKLLM_CACHE_DIR")
+    return Check("cache", ok, str(folder), "make this folder writable, or name another one in VKLLM_CACHE_DIR")
 
 
 def memory(device: Device) -> Check:
     """Room for at least a small model."""
     available, total = device.memory_budget()
-    return Check(
-        "memory",
-        available >= 256 << 20,
-        f"{available / 2**30:.1f} of {total / 2**30:.1f} GiB free",
-        "close what uses the device's memory",
-    )
+    found = f"{available / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    return Check("memory", available >= LEAST_BYTES, found, "close what uses the device's memory, or choose another --device")
 
 
 def kernel_result(device: Device) -> Check:
     """Compile one kernel, run it, and compare with numpy."""
-    return _attempt(
-        "kernel", lambda: _scale_and_add(device), "report the driver's version with this output; another device: --device"
-    )
-
-
-def _attempt(name: str, action: Callable[[], str | None], next_step: str) -> Check:
+    next_step = "update the driver, or choose another --device; please report this output"
     try:
-        wrong = action()
+        wrong = _scale_and_add(device)
     except HintedError as error:
-        return Check(name, False, error.message, error.hint or next_step)
-    return Check(name, wrong is None, wrong or "right numbers", next_step)
+        return Check("kernel", False, error.message, error.hint or next_step)
+    return Check("kernel", wrong is None, wrong or "right numbers", next_step)
 
 
 def _scale_and_add(device: Device) -> str | None:

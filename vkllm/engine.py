@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vkllm.chain import ModelChain, Output, Rows
+from vkllm.chain import ModelChain, Output, Rows, Span
 from vkllm.config import ModelConfig, RuntimeConfig
 from vkllm.errors import ContextTooLongError, RequestError
 from vkllm.files import resolve_model
@@ -134,7 +134,7 @@ class LLMEngine:
         """
         params = params or SamplingParams()
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_prompt(prompt_ids)
+        self.check_prompt(prompt_ids)
         limit = self.n_ctx - len(prompt_ids)
         n_max = limit if params.max_tokens is None else min(params.max_tokens, limit)
         return self._run(prompt_ids, params, n_max)
@@ -188,13 +188,15 @@ class LLMEngine:
 
     def logits(self, token_ids: Sequence[int], *, step: bool = False) -> NDArray[np.float32]:
         """Logits of every position, f32 [n_token, n_vocab]: from a prefill in chunks, or token by token (`step`)."""
-        self._check_prompt(token_ids)
+        self.check_prompt(token_ids)
         chunk = 1 if step else self.runtime.prefill_chunk
         out = np.empty((len(token_ids), self.config.n_vocab), np.float32)
         with self.scratch_sequence(len(token_ids)) as table:
             for start in range(0, len(token_ids), chunk):
                 part = token_ids[start : start + chunk]
-                out[start : start + len(part)] = self.chain.forward(Rows.of_sequence(part, start, table, outputs="all")).logits()
+                out[start : start + len(part)] = self.chain.forward(
+                    Rows.of(Span(part, start, table, n_output=len(part)))
+                ).logits()
         return out
 
     @contextmanager
@@ -207,7 +209,11 @@ class LLMEngine:
         finally:
             self._forget(0)
 
-    def _check_prompt(self, ids: Sequence[int]) -> None:
+    def check_prompt(self, ids: Sequence[int]) -> None:
+        """Refuse what cannot be run.
+
+        Raises: RequestError: no ids, or one that is not in the vocabulary; ContextTooLongError.
+        """
         if not ids:
             raise RequestError("the prompt is empty", hint="give at least one token")
         bad = next((i for i in ids if not 0 <= i < self.config.n_vocab), None)
@@ -239,8 +245,7 @@ class LLMEngine:
         chunk, n = self.runtime.prefill_chunk, len(prompt_ids)
         for start in range(shared, n, chunk):
             part = prompt_ids[start : start + chunk]
-            last = start + chunk >= n
-            output = self.chain.forward(Rows.of_sequence(part, start, self._table, outputs="last" if last else "none"))
+            output = self.chain.forward(Rows.of(Span(part, start, self._table, n_output=int(start + chunk >= n))))
             self._cached += part
         return self._choose(output, sampler, prompt_ids), shared
 
@@ -248,7 +253,7 @@ class LLMEngine:
         """One decode step."""
         position = len(self._cached)
         self._pool.extend(self._table, position + 1)
-        output = self.chain.forward(Rows.of_sequence([token], position, self._table, outputs="last"))
+        output = self.chain.forward(Rows.of(Span([token], position, self._table, n_output=1)))
         self._cached.append(token)
         return self._choose(output, sampler, prompt_ids, ids)
 

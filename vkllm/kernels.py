@@ -27,7 +27,7 @@ from vkllm.vk import DeviceInfo
 from vkllm.vk.types import Format as TexelFormat
 from vkllm_codegen import Binding as KernelBinding
 from vkllm_codegen import f32, f32x4, u32, u32x4
-from vkllm_shaders.attention import AttentionSpec, direct
+from vkllm_shaders.attention import AttentionSpec, combine, direct, partial
 from vkllm_shaders.formats import FORMATS, Layout, row_order
 from vkllm_shaders.sample import SampleSpec, argmax, top_k
 
@@ -60,7 +60,10 @@ class Lowering:
         self._kernels = KernelCache()
         self._rate = RATES.get(device.kind, DISCRETE_RATE)
         group = c.n_head // c.n_kv_head
-        self._attention = AttentionSpec(c.head_dim, group, runtime.block_size, lanes, schedule=self.layout.kind)
+        attention = AttentionSpec(c.head_dim, group, runtime.block_size, lanes, schedule=self.layout.kind)
+        limits = device.limits
+        self._attention = attention if lane_row else attention.fitted(limits.max_shared_bytes, limits.max_workgroup_invocations)
+        self.n_split = 1 if lane_row else attention.n_split(n_ctx)
         self._sample = SampleSpec(lanes=lanes)
         self._types = {part.weight: file.tensors[part.weight].type for part in graph.parts()}
         self._by_op = {op.name: tuple(self._matrices_of(op)) for op in graph.ops if isinstance(op, Embed | Linear | Qkv)}
@@ -86,6 +89,8 @@ class Lowering:
         for op in self.graph.ops:
             if isinstance(op, Qkv):
                 sizes |= {f"k.{op.layer}": cache, f"v.{op.layer}": cache}
+        if self.n_split > 1:
+            sizes["partials"] = self._attention.scratch_nbytes(n, c.n_kv_head, self.n_split)
         return sizes | {
             "rope": self.n_ctx * c.head_dim * 4,
             "block_table": self.n_block * 4,
@@ -132,7 +137,7 @@ class Lowering:
         if isinstance(op, Qkv):
             return [self._qkv(op, matrix, n_row) for matrix in self._by_op[op.name]]
         if isinstance(op, Attention):
-            return [self._attend(op, n_row)]
+            return self._attend(op, n_row)
         if isinstance(op, Linear):
             return [self._linear(op, n_row, n_out)] if n_out or not op.gather else []
         return self._greedy(op, n_out) if n_out else []
@@ -214,25 +219,22 @@ class Lowering:
         buffers = {"q": op.y, "k": f"k.{op.layer}", "v": f"v.{op.layer}", "rope": "rope"}
         return self._matmul(op, matrix, self._spec(op, matrix, "qkv", n_row), n_row, buffers, push)
 
-    def _attend(self, op: Attention, n_row: int) -> Dispatch:
-        c = self.graph.config
-        buffers = {
-            "q": op.q,
-            "k": f"k.{op.layer}",
-            "v": f"v.{op.layer}",
-            "block_table": "block_table",
-            "params": "params",
-            "out": op.y,
-        }
-        macs = 2 * n_row * c.n_head * c.head_dim * self.n_ctx
-        return self._make(
-            op,
-            self._kernels.get(direct, self._attention),
-            buffers,
-            {"n_token": n_row, "n_kv_head": c.n_kv_head},
-            (1, c.n_kv_head, n_row),
-            macs / self._rate[1],
-        )
+    def _attend(self, op: Attention, n_row: int) -> list[Dispatch]:
+        """One dispatch where rows and heads fill the device; on GPUs the positions are split as well, and merged by a second."""
+        c, spec = self.graph.config, self._attention
+        buffers = {"q": op.q, "k": f"k.{op.layer}", "v": f"v.{op.layer}", "block_table": "block_table", "params": "params"}
+        push = {"n_token": n_row, "n_kv_head": c.n_kv_head}
+        cost_us = 2 * n_row * c.n_head * c.head_dim * self.n_ctx / self._rate[1]
+        if self.n_split == 1:
+            kernel = self._kernels.get(direct, spec)
+            return [self._make(op, kernel, buffers | {"out": op.y}, push, (1, c.n_kv_head, n_row), cost_us)]
+        parts, merge = self._kernels.get(partial, spec), self._kernels.get(combine, spec)
+        merging = {"partials": "partials", "params": "params", "out": op.y}
+        counts = {"n_token": n_row, "n_split": self.n_split, "n_head": c.n_head}
+        return [
+            self._make(op, parts, buffers | {"out": "partials"}, push, (self.n_split, c.n_kv_head, n_row), cost_us),
+            self._make(op, merge, merging, counts, (c.n_head, n_row, 1), 10.0),
+        ]
 
     def _greedy(self, op: Argmax, n_out: int) -> list[Dispatch]:
         n_vocab = self.graph.config.n_vocab

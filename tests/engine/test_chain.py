@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from vkllm.chain import ModelChain, Rows
+from vkllm.chain import ModelChain, Rows, Span
 from vkllm.config import ModelConfig, RuntimeConfig
 from vkllm.files import resolve_model
 from vkllm.files.gguf import GGUFFile
@@ -38,7 +38,7 @@ class Recorder:
 
     def forward(self, n: int, start: int = 0) -> None:
         """One step of n rows. The null device computes nothing: token 0 comes out."""
-        self.chain.forward(Rows.of_sequence([1] * n, start, self.table, outputs="last"))
+        self.chain.forward(Rows.of(Span([1] * n, start, self.table, n_output=1)))
 
     def commands(self) -> list[Command | HostRead]:
         """Everything recorded, in order of submission, and the host's look at the result; twice, as two replays in a row."""
