@@ -12,9 +12,6 @@ from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
-from vkllm_shaders.embed import embed
-from vkllm_shaders.embed import groups as embed_groups
-from vkllm_shaders.matmul import MatmulSpec, matmul
 
 from vkllm.config import RuntimeConfig
 from vkllm.errors import UnsupportedQuantError
@@ -28,7 +25,10 @@ from vkllm.vk.types import Format as TexelFormat
 from vkllm_codegen import Binding as KernelBinding
 from vkllm_codegen import f32, f32x4, u32, u32x4
 from vkllm_shaders.attention import AttentionSpec, combine, direct, partial
+from vkllm_shaders.embed import embed
+from vkllm_shaders.embed import groups as embed_groups
 from vkllm_shaders.formats import FORMATS, Layout, row_order
+from vkllm_shaders.matmul import MatmulSpec, matmul
 from vkllm_shaders.sample import SampleSpec, argmax, top_k
 
 ROW_ALIGN = 64  # floats: rows of activations are padded to whole steps of the matrix kernels

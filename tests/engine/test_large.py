@@ -1,7 +1,7 @@
 """Real shapes: the logits of a 64-token prompt against the numpy reference, and against llama.cpp's own error.
 
-Skipped unless VKLLM_LARGE_MODELS names a folder with the files below (random weights will do). With VKLLM_PEER_LOGITS (the program built
-from bench/peer_logits.c) the int8 path must also be as near to the reference as llama.cpp's CPU backend, which quantizes too.
+Skipped unless VKLLM_LARGE_MODELS names a folder with the files below (random weights will do). With VKLLM_PEER_LOGITS (the
+program built from bench/peer_logits.c) the int8 path must also be as near to the reference as llama.cpp, which quantizes too.
 """
 
 from __future__ import annotations
