@@ -1,0 +1,5 @@
+"""`python -m vkllm`: the command line."""
+
+from vkllm.cli import main
+
+main()
