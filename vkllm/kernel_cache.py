@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ParamSpec
+from typing import TypeVarTuple
 
 import vkllm_codegen
 import vkllm_shaders
@@ -22,7 +22,7 @@ from vkllm.vk.cache import directory
 from vkllm_codegen import Binding, Kernel
 from vkllm_codegen.types import DType
 
-P = ParamSpec("P")
+Args = TypeVarTuple("Args")
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,8 @@ class KernelCache:
                 digest.update(source.name.encode() + source.read_bytes())
         return self._folder / f"kernels-{digest.hexdigest()[:16]}"
 
-    def get(self, factory: Callable[P, Kernel], *args: P.args, **kwargs: P.kwargs) -> CompiledKernel:
+    def get(self, factory: Callable[[*Args], Kernel], *args: *Args) -> CompiledKernel:
         """`factory(*args)`, compiled. Its arguments must tell kernels apart by their repr."""
-        assert not kwargs
         key = f"{factory.__module__}.{factory.__qualname__}{args!r}"
         if key not in self._kernels:
             file = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.kernel"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import groupby
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ from vkllm_shaders.formats import FORMATS, Layout, row_order
 from vkllm_shaders.matmul import MatmulSpec, matmul
 from vkllm_shaders.sample import SampleSpec, argmax, top_k
 
+SMALL_MODEL_BYTES = 64 << 20
 ROW_ALIGN = 64  # floats: rows of activations are padded to whole steps of the matrix kernels
 TEXEL_FORMATS: dict[object, TexelFormat] = {u32: "r32ui", f32: "r32f", u32x4: "rgba32ui", f32x4: "rgba32f"}
 
@@ -56,7 +58,9 @@ class Lowering:
         lane_row = device.kind == "cpu" if runtime.schedule == "auto" else runtime.schedule == "lane_row"
         self.lanes = lanes
         self.layout = Layout("lane_row", lanes=lanes) if lane_row else Layout("lane_chunk", lanes=1)
-        self.activations: str = "f32" if runtime.activations == "auto" else runtime.activations
+        self._types = {part.weight: file.tensors[part.weight].type for part in graph.parts()}
+        n_byte = sum(file.tensors[name].nbytes for name in self._types)
+        self.activations = _activations(runtime.activations, lane_row, n_byte)
         self._kernels = KernelCache()
         self._rate = RATES.get(device.kind, DISCRETE_RATE)
         group = c.n_head // c.n_kv_head
@@ -65,7 +69,6 @@ class Lowering:
         self._attention = attention if lane_row else attention.fitted(limits.max_shared_bytes, limits.max_workgroup_invocations)
         self.n_split = 1 if lane_row else attention.n_split(n_ctx)
         self._sample = SampleSpec(lanes=lanes)
-        self._types = {part.weight: file.tensors[part.weight].type for part in graph.parts()}
         self._by_op = {op.name: tuple(self._matrices_of(op)) for op in graph.ops if isinstance(op, Embed | Linear | Qkv)}
         self.matrices: tuple[Matrix, ...] = tuple({m.name: m for ms in self._by_op.values() for m in ms}.values())
 
@@ -197,7 +200,7 @@ class Lowering:
             norm=op.norm is not None,
             bias=any(part.bias for part in matrix.parts),
             epilogue=epilogue,  # type: ignore[arg-type]
-            activations=self.activations,  # type: ignore[arg-type]
+            activations=self.activations,
             gather=gather,
             rope_pairing=self.graph.config.rope_pairing if epilogue == "qkv" else "interleaved",
             head_dim=self.graph.config.head_dim if epilogue == "qkv" else 0,
@@ -256,6 +259,16 @@ class Lowering:
             10.0,
         )
         return [find, merge]
+
+
+def _activations(wanted: str, lane_row: bool, weight_bytes: int) -> Literal["f32", "int8"]:
+    """What "auto" means: int8 where it was measured to be faster, which is lavapipe, and where time goes into weights at all.
+
+    Below SMALL_MODEL_BYTES a step is made of dispatches, so int8 would cost exactness and gain nothing.
+    """
+    if wanted == "auto":
+        return "int8" if lane_row and weight_bytes >= SMALL_MODEL_BYTES else "f32"
+    return "int8" if wanted == "int8" else "f32"
 
 
 def _bias_name(matrix: Matrix) -> str:

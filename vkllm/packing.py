@@ -6,7 +6,7 @@ device memory where it is mapped, through a bounded buffer where it is not; the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -53,7 +53,7 @@ class Matrix:
     def nbytes(self) -> int:
         return packed_nbytes(self.fmt, len(self.order), self.n_col, self.layout)
 
-    def bias(self, vectors: dict[str, NDArray[np.float32]]) -> NDArray[np.float32] | None:
+    def bias(self, vectors: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32] | None:
         """The parts' biases in packed row order, zero where there is none; None when no part has one."""
         if not any(part.bias for part in self.parts):
             return None

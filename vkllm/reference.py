@@ -78,10 +78,11 @@ class ReferenceExecutor:
             return x
         wide = x.astype(np.float64)
         scale = 1.0 / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + self.graph.config.rms_norm_eps)
-        return (wide * scale * vector(self.file, name)).astype(self.dtype)
+        normed: Array = (wide * scale * vector(self.file, name)).astype(self.dtype)
+        return normed
 
     def _matmul(self, x: Array, part: Part) -> Array:
-        y = x @ self._weight(part).T
+        y: Array = x @ self._weight(part).T
         return y + vector(self.file, part.bias).astype(self.dtype) if part.bias else y
 
     def _linear(self, op: Linear, buffers: dict[str, Array]) -> Array:
@@ -127,4 +128,5 @@ class ReferenceExecutor:
         scores = np.where(allowed, scores, -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        return np.einsum("kgnp,pkd->nkgd", weights, v).reshape(n, -1).astype(self.dtype)
+        out: Array = np.einsum("kgnp,pkd->nkgd", weights, v).reshape(n, -1).astype(self.dtype)
+        return out
