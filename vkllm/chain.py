@@ -238,8 +238,7 @@ class ModelChain:
 
     def _zeroed(self, name: str, nbytes: int) -> Buffer:
         """A buffer of zeros: padding columns are read, so they must not hold NaN."""
-        host = name in ("params", "block_table", "argmax", self.graph.logits, self.graph.residual)
-        buffer = self.device.buffer(nbytes, host=host, name=name)
+        buffer = self.device.buffer(nbytes, host=name in ("params", "block_table", "argmax"), name=name)
         buffer.write(np.zeros(nbytes, np.uint8))
         return buffer
 

@@ -13,8 +13,10 @@ from vkllm import LLMEngine, RuntimeConfig, SamplingParams
 from vkllm.config import Activations
 from vkllm.diff import diff, nmse
 from vkllm.errors import ConfigError, ContextTooLongError, NonFiniteError, RequestError
+from vkllm.files import resolve_model
+from vkllm.files.gguf import GGUFFile
 from vkllm.reference import ReferenceExecutor
-from vkllm.vk import list_devices
+from vkllm.vk import list_devices, open_device
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 
@@ -69,6 +71,15 @@ def test_the_schedule_for_gpus_gives_the_same_numbers(engine: LLMEngine, activat
     with LLMEngine.init_model("tiny", runtime) as gpu:
         for values in (gpu.logits(ids), gpu.logits(ids[:5], step=True)):
             assert nmse(values, expected[: len(values)]) < (1e-6 if activations == "f32" else 1e-2)
+
+
+def test_memory_that_is_not_mapped_gives_the_same_tokens(engine: LLMEngine) -> None:
+    """The staging path that discrete GPUs take: weights uploaded in slabs, results read back."""
+    expected = engine.generate_result("Once upon a time", GREEDY).token_ids
+    with GGUFFile.open(resolve_model("tiny")) as file, open_device(force_unmapped=True) as device:
+        unmapped = LLMEngine(file, device, RuntimeConfig(n_ctx=256))
+        assert not unmapped.chain._buffers["x"].mapped
+        assert unmapped.generate_result("Once upon a time", GREEDY).token_ids == expected
 
 
 def test_int8_activations_are_near_the_reference(engine: LLMEngine) -> None:
