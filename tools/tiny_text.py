@@ -13,14 +13,10 @@ from dataclasses import dataclass
 
 from tiny_facts import Fact, an, blocks, facts_by_topic, held_out
 
-GIRLS = (
-    *("Anna", "Lily", "Mia", "Emma", "Sara", "Ruth", "Nora", "Clara", "Lucy", "Ella"),
-    *("Rose", "Tina", "Ivy", "Hana", "Zoe", "Maria", "Kate", "Amy", "Julia", "Wendy"),
-)
-BOYS = (
-    *("Tom", "Ben", "Max", "Leo", "Sam", "Jack", "Paul", "Finn", "Oscar", "Hugo"),
-    *("Adam", "Peter", "Noah", "Tim", "Omar", "Ravi", "Luke", "Karl", "Felix", "Dan"),
-)
+GIRLS, BOYS = (
+    ("Anna", "Lily", "Mia", "Emma"),
+    ("Tom", "Ben", "Max", "Leo"),
+)  # few, so that a small model learns to keep them apart
 ANIMALS = (
     *("fox", "rabbit", "bear", "mouse", "cat", "dog", "hedgehog", "squirrel", "duck"),
     *("owl", "frog", "turtle", "elephant", "lion", "monkey", "goat", "pony", "badger"),
@@ -174,6 +170,26 @@ def fact_page(rng: random.Random, power: float) -> str:
     )
 
 
+def people_page(rng: random.Random) -> str:
+    """Who is who: a few people and animals are presented, then asked for; practice in looking back."""
+    names = rng.sample((*GIRLS, *BOYS), rng.randint(1, 4))
+    people = {name: rng.choice(("girl" if name in GIRLS else "boy", *ANIMALS)) for name in names}
+    rooms = ("house", "forest", "hut", "barn", "cave", "tower", "garden", "village")
+    places = dict(zip(names, rng.sample(rooms, len(names)), strict=True))
+    form = "[{n} is {a}.|{n} the {t} is here.|This is {n} the {t}.|There is {a} [named|called] {n}.] {n} lives in the {p}."
+    lines = [expand(rng, form, {"n": n, "a": an(t), "t": t, "p": places[n]}) for n, t in people.items()]
+    for name in rng.choices(list(people), k=rng.randint(1, 4)):
+        kind, place = people[name], places[name]
+        asked = (
+            (f"Who is {name}?", f"{name} is {an(kind)}."),
+            (f"Who lives in the {place}?", f"{name} lives in the {place}."),
+            (f"Where does {name} live?", f"{name} lives in the {place}."),
+            (f"Say {name}.", f"{name}, {name}, {name}!"),
+        )
+        lines += [" ".join(rng.choice(asked))]
+    return rng.choice((" ", "\n")).join(lines)
+
+
 START, END = "<|im_start|>", "<|im_end|>"
 SYSTEMS = (
     "You are a helpful assistant.",
@@ -283,8 +299,8 @@ def chat(rng: random.Random, power: float) -> str:
 
 def document(rng: random.Random, power: float = 0.6) -> str:
     """One document of the training text; `power` as in draw_fact."""
-    kinds = (lambda: story(rng).text, lambda: fact_page(rng, power), lambda: chat(rng, power))
-    return rng.choices(kinds, (2, 8, 9))[0]()
+    kinds = (lambda: story(rng).text, lambda: people_page(rng), lambda: fact_page(rng, power), lambda: chat(rng, power))
+    return rng.choices(kinds, (3, 5, 7, 9))[0]()
 
 
 @dataclass(frozen=True)

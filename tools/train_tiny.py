@@ -103,7 +103,7 @@ def token_weights(tokenizer: Tokenizer) -> Tensor:
     """Weights of the loss [n_vocab]: who a story is about shows in few tokens, so those count more."""
     weights = torch.ones(tokenizer.get_vocab_size())
     for words, weight in (
-        ((*GIRLS, *BOYS), 4.0),
+        ((*GIRLS, *BOYS), 6.0),
         (ANIMALS, 2.0),
         (("he", "she", "him", "her", "his", "He", "She", "His"), 2.0),
     ):
@@ -260,7 +260,7 @@ def train(model: Model, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
         if progress >= 1:
             break
         # Short rows first (many documents start at position 0), long ones at the end (all positions of the context).
-        n_col = 256 if progress < 0.75 else 512 if progress < 0.92 else model.shape.n_ctx
+        n_col = 256 if progress < 0.85 else 512 if progress < 0.96 else model.shape.n_ctx
         power = 0.6 if progress < 0.3 else 0.9  # small topics first, then every fact almost alike
         ids, targets = batch(tokenizer, step, args.tokens // n_col, n_col, power)
         with torch.autocast("cpu", torch.bfloat16):
