@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import time
 from typing import Any
@@ -26,13 +27,16 @@ def random_rows(fmt: str, n_row: int, n_col: int) -> np.ndarray:
     return blocks.reshape(n_row, -1)
 
 
-def filled(device: Device, data: np.ndarray) -> Buffer:
+def filled(device: Device, data: np.ndarray, huge: bool = False) -> Buffer:
     buffer = device.buffer(data.nbytes, host=True)
+    if huge:  # ask for 2 MiB pages before the first touch (lavapipe's memory is the process's own)
+        start = -(-buffer.view().ctypes.data // 4096) * 4096
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(data.nbytes - 4096), 14)
     buffer.write(data)
     return buffer
 
 
-def measure(device: Device, spec: MatmulSpec, n_row: int, n_col: int, n_token: int, repeat: int, copies: int = 0) -> dict[str, Any]:
+def measure(device: Device, spec: MatmulSpec, n_row: int, n_col: int, n_token: int, repeat: int, copies: int = 0, huge: bool = False) -> dict[str, Any]:
     """The best of `repeat` runs, each of enough dispatches over distinct weights to miss the caches."""
     f = FORMATS[spec.fmt]
     n_rows = (n_row // 2, n_row // 2) if spec.epilogue == "swiglu" else (n_row,)
@@ -46,7 +50,7 @@ def measure(device: Device, spec: MatmulSpec, n_row: int, n_col: int, n_token: i
     width = -(-n_col // 64) * 64
     x = np.zeros((n_token, width), np.float32)
     x[:, :n_col] = np.random.default_rng(1).standard_normal((n_token, n_col))
-    weights = [filled(device, packed) for _ in range(copies)]
+    weights = [filled(device, packed, huge) for _ in range(copies)]
     shared = {"x": filled(device, x), "norm_w": filled(device, np.ones(width, np.float32)), "y": device.buffer(4 * n_token * n_row, host=True)}
     t0 = time.perf_counter()
     kernel = matmul(spec)
@@ -97,6 +101,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--activations", default="f32")
     parser.add_argument("--epilogue", default="store")
+    parser.add_argument("--huge", action="store_true", help="2 MiB pages for the weights")
     parser.add_argument("--norm", action="store_true")
     parser.add_argument("--schedule", default="lane_row")
     args = parser.parse_args()
@@ -110,7 +115,7 @@ def main() -> None:
                 fmt, layout, tile, norm=args.norm, epilogue=args.epilogue, activations=args.activations, subgroup=device.limits.subgroup_size
             )
             n_token = args.tokens or (1 if tile == 1 else 64 // tile * tile)
-            result = measure(device, spec, args.rows, n_col, n_token, args.repeat, args.copies)
+            result = measure(device, spec, args.rows, n_col, n_token, args.repeat, args.copies, args.huge)
             results.append(result)
             print(
                 f"{result['kernel']:60} {result['gb_s']:7.2f} GB/s {result['gflop_s']:7.1f} GFLOP/s  {result['dispatch_us']:9.1f} µs  "

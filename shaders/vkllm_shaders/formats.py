@@ -98,6 +98,13 @@ class StepWeights:
         """f32: the stored number times 2**exponent(r, comp)."""
         return self.fmt.raw(self, r, slot, comp)
 
+    def magic(self, r: int, slot: int, comp: int) -> tuple[Value, int]:
+        """The same, with its exponent, for GPUs that convert integers slowly: bits put into the mantissa of 2**23, which is taken away."""
+        shift, mask, exponent = self.fmt.mantissa(r, comp)
+        word = self.fmt.raw_word(self, r, slot, comp)
+        bits = ((word >> shift) if shift else word) & mask
+        return (bits | 0x4B000000).bitcast(f32) - 8388608.0, exponent
+
     def scale(self, r: int, sub: int) -> Value:
         return self.keep(("scale", r, sub), lambda: self.fmt.scale(self, r, sub))
 
@@ -164,16 +171,21 @@ class Format:
         """Power of two in `raw`."""
         return 8 * (comp % 2) + 16 * (r % 2) if self.pairs else 0
 
-    def exponents(self) -> tuple[int, ...]:
-        """`exponent` of the four components in an even row."""
-        return tuple(self.exponent(0, comp) for comp in range(4))
+    def mantissa(self, r: int, comp: int) -> tuple[int, int, int]:
+        """How to get a raw number into 23 bits: (shift right, mask, exponent that is left)."""
+        exponent, width = 8 * (comp % 2) + 16 * (r % 2) if self.pairs else 8 * comp, (1 << self.bits) - 1
+        shift = 0 if exponent + self.bits <= 23 else 8 if self.pairs else exponent
+        return shift, width << (exponent - shift), exponent - shift
 
     # What a kernel computes; `w` holds the step's texels.
 
+    def raw_word(self, w: StepWeights, r: int, slot: int, comp: int) -> Value:
+        """u32: the word whose byte is the raw number."""
+        return w.quad(r // 2, slot, comp // 2)
+
     def raw(self, w: StepWeights, r: int, slot: int, comp: int) -> Value:
-        quad = w.quad(r // 2, slot, comp // 2)
         mask = ((1 << self.bits) - 1) << self.exponent(r, comp)
-        return (quad & mask).bitcast(i32).to(f32)
+        return (self.raw_word(w, r, slot, comp) & mask).bitcast(i32).to(f32)
 
     def scale(self, w: StepWeights, r: int, sub: int) -> Value:
         """Two f16 a row, one for each half of the step."""
@@ -308,6 +320,9 @@ class _Q8(Format):
     def word(self, w: StepWeights, r: int, slot: int) -> Value:
         """u32: the four weights of a slot plus 128."""
         return w.body(4 * (-(-w.rows // 4)) + r * 16 + slot)
+
+    def raw_word(self, w: StepWeights, r: int, slot: int, comp: int) -> Value:
+        return self.word(w, r, slot)
 
     def raw(self, w: StepWeights, r: int, slot: int, comp: int) -> Value:
         q = self.word(w, r, slot)

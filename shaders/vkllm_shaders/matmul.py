@@ -36,6 +36,11 @@ ALIGN_COLUMNS = 64  # rows of x are padded with zeros to a multiple of this
 Epilogue = Literal["store", "residual", "swiglu", "qkv"]
 
 
+def best_tile(n_token: int) -> int:
+    """The tile for so many tokens: larger ones than 4 are no faster on lavapipe (registers) and take longer to compile."""
+    return 1 if n_token <= 1 else 2 if n_token == 2 else 4
+
+
 @dataclass(frozen=True)
 class MatmulSpec:
     """What one kernel does; every field makes a new module.
@@ -148,6 +153,9 @@ class _Body:
         self.first_token = b.workgroup_id(1) * spec.tile
         self.acc = [[b.var(f32, 0.0) for _ in range(self.rows)] for _ in range(self.tile)]
         self.squares = [b.var(f32, 0.0) for _ in range(self.tile)] if spec.norm else []
+        # The weights of plain floats come from memory faster than the loop asks for them: touch the next chunk's cache lines, a line
+        # a lane. The largest word seen is kept, so that the loads are.
+        self.ahead = b.var(u32, 0) if spec.on_lavapipe and self.fmt.n_sub == 0 and self.tile <= 2 else None
         self.x_start = [self._x_row(t) * push["x_stride"] for t in range(self.tile)]
 
     def emit(self) -> None:
@@ -165,8 +173,13 @@ class _Body:
         b, f, s = self.b, self.fmt, self.spec.lanes
         n_texel, n_head, n_body = f.n_texel(self.rows), f.n_head(self.rows), f.n_body(self.rows)
         w, start = self.bufs["w"], self.group * self.push["n_chunk"]
+        last = self.push["n_group"] * self.push["n_chunk"] * (n_texel * s) - 1
         with b.range(0, self.push["n_chunk"]) as chunk:
             base = (start + chunk) * (n_texel * s) + self.lane
+            if self.ahead is not None:
+                for line in range(0, n_texel, 4):
+                    far = base + self.lane * 3 + (n_texel + line) * s
+                    self.ahead.set(b.max(self.ahead.get(), w[b.min(far, last)][0]))
 
             heads = [w[base + j * s] for j in range(n_head)]
 
@@ -219,16 +232,20 @@ class _Body:
             for comp in range(4):
                 xs = [x.value(t, slot, comp) for t in range(self.tile)]
                 for r in range(self.rows):
-                    weight = w.raw(r, slot, comp)
-                    if f.n_sub:
-                        sub = slot * f.n_sub // SLOTS
-                        factor, offset = self._affine(w, r, sub, f.exponent(r, comp))
-                        weight = b.fma(weight, factor, offset)
+                    weight = self._weight(w, r, slot, comp)
                     for t in range(self.tile):
                         acc[t][r] = b.fma(weight, xs[t], acc[t][r])
         for token, values in zip(self.acc, acc, strict=True):
             for var, value in zip(token, values, strict=True):
                 var.set(value)
+
+    def _weight(self, w: StepWeights, r: int, slot: int, comp: int) -> Value:
+        f = self.fmt
+        if not f.n_sub:
+            return w.raw(r, slot, comp)
+        raw, exponent = (w.raw(r, slot, comp), f.exponent(r, comp)) if self.spec.on_lavapipe else w.magic(r, slot, comp)
+        factor, offset = self._affine(w, r, slot * f.n_sub // SLOTS, exponent)
+        return self.b.fma(raw, factor, offset)
 
     def _affine(self, w: StepWeights, r: int, sub: int, exponent: int) -> tuple[Value, Value]:
         """weight = raw * factor + offset."""
@@ -528,6 +545,9 @@ class _Epilogue:
     def emit(self) -> None:
         body, b = self.body, self.b
         values = [[var.get() for var in token] for token in body.acc]
+        if body.ahead is not None:  # 0xFFFFFFFE can only come from NaN weights, and gives NaN
+            word = body.ahead.get()
+            values[0][0] = values[0][0] + b.select(word == 0xFFFFFFFE, word.bitcast(f32), 0.0)
         if self.spec.norm:
             for t, token in enumerate(values):
                 scale = b.rsqrt(self._sum_lanes(body.squares[t].get()) / self.push["n_col"].to(f32) + self.push["eps"])
@@ -621,4 +641,4 @@ class _Epilogue:
                 self.bufs["v"][at + distance] = c.to(f16)
 
 
-__all__ = ["ALIGN_COLUMNS", "Epilogue", "MatmulSpec", "matmul", "push_constants"]
+__all__ = ["ALIGN_COLUMNS", "Epilogue", "MatmulSpec", "best_tile", "matmul", "push_constants"]
