@@ -75,8 +75,8 @@ class LLMEngine:
         self.file, self.device, self.runtime = file, device, runtime
         self.config = ModelConfig.from_gguf(file)
         self.graph = build_graph(self.config, file.tensors)
-        self.chain = ModelChain(device, self.graph, file, runtime)
         self.tokenizer = Tokenizer.from_gguf(file.metadata)
+        self.chain = ModelChain(device, self.graph, file, runtime)
         self.n_ctx = self.chain.n_ctx
         self._pool = BlockPool(self.chain.n_block, runtime.block_size)
         self._table = BlockTable(runtime.block_size)
