@@ -67,7 +67,7 @@ def test_the_lower_packages_need_nothing_above_them(package: str) -> None:
         f"{name} imports {m}"
         for name, file in modules(package)
         for m, top in imports(name, file)
-        if (m.split(".")[0] not in allowed and not (m.startswith("gguf") and "reference" in name))  # an oracle from another program
+        if (m.split(".")[0] not in allowed and not (m.startswith("gguf") and "reference" in name))  # oracle
         or (package == "vkllm_codegen" and m == "numpy" and top and "interpret" not in name)
     ]
     assert wrong == []
