@@ -1,6 +1,6 @@
 """Speed of the matmul kernels on a device: matvec in GB/s of ggml bytes, prefill in GFLOP/s. Ends in one JSON line.
 
-    python bench/kernels.py --fmt Q5_0,Q4_K --tile 1,8 --rows 4864 --cols 896 [--activations int8] [--repeat 20]
+python bench/kernels.py --fmt Q5_0,Q4_K --tile 1,8 --rows 4864 --cols 896 [--activations int8] [--repeat 20]
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def filled(device: Device, data: np.ndarray, huge: bool = False) -> Buffer:
     return buffer
 
 
-def measure(device: Device, spec: MatmulSpec, n_row: int, n_col: int, n_token: int, repeat: int, copies: int = 0, huge: bool = False) -> dict[str, Any]:
+def measure(
+    device: Device, spec: MatmulSpec, n_row: int, n_col: int, n_token: int, repeat: int, copies: int = 0, huge: bool = False
+) -> dict[str, Any]:
     """The best of `repeat` runs, each of enough dispatches over distinct weights to miss the caches."""
     f = FORMATS[spec.fmt]
     n_rows = (n_row // 2, n_row // 2) if spec.epilogue == "swiglu" else (n_row,)
@@ -51,16 +53,27 @@ def measure(device: Device, spec: MatmulSpec, n_row: int, n_col: int, n_token: i
     x = np.zeros((n_token, width), np.float32)
     x[:, :n_col] = np.random.default_rng(1).standard_normal((n_token, n_col))
     weights = [filled(device, packed, huge) for _ in range(copies)]
-    shared = {"x": filled(device, x), "norm_w": filled(device, np.ones(width, np.float32)), "y": device.buffer(4 * n_token * n_row, host=True)}
+    shared = {
+        "x": filled(device, x),
+        "norm_w": filled(device, np.ones(width, np.float32)),
+        "y": device.buffer(4 * n_token * n_row, host=True),
+    }
     t0 = time.perf_counter()
     kernel = matmul(spec)
     code = kernel.spirv()
     trace_s = time.perf_counter() - t0
     pipeline = device.pipeline(kernel.name, code, tuple(b.kind for b in kernel.bindings), kernel.push_bytes)
     values = {
-        "n_chunk": f.n_chunk(n_col), "n_group": spec.layout.n_group(len(order)), "x_stride": width // 4, "n_token": n_token,
-        "n_row": n_rows[0], "first_row": 0, "y_stride": n_rows[0], "n_col": n_col, "eps": 1e-6,
-    }  # fmt: skip
+        "n_chunk": f.n_chunk(n_col),
+        "n_group": spec.layout.n_group(len(order)),
+        "x_stride": width // 4,
+        "n_token": n_token,
+        "n_row": n_rows[0],
+        "first_row": 0,
+        "y_stride": n_rows[0],
+        "n_col": n_col,
+        "eps": 1e-6,
+    }
     push = kernel.pack_push(**{name: values[name] for name, _, _ in kernel.push})
     recording = device.recording()
     for w in weights:
@@ -81,12 +94,20 @@ def measure(device: Device, spec: MatmulSpec, n_row: int, n_col: int, n_token: i
     for buffer in [*weights, *shared.values()]:
         buffer.free()
     return {
-        "kernel": kernel.name, "n_row": n_row, "n_col": n_col, "n_token": n_token, "gb_s": round(copies * ggml_bytes / best / 1e9, 2),
-        "cpu_gb_s": round(copies * ggml_bytes / cpu / 1e9, 2), "cpu_gflop_s": round(2 * copies * n_row * n_col * n_token / cpu / 1e9, 1),
-        "gflop_s": round(2 * copies * n_row * n_col * n_token / best / 1e9, 1), "dispatch_us": round(best / copies * 1e6, 1),
-        "trace_ms": round(trace_s * 1e3), "first_run_ms": round((first_s - best) * 1e3), "pack_gb_s": round(ggml_bytes / pack_s / 1e9, 2),
+        "kernel": kernel.name,
+        "n_row": n_row,
+        "n_col": n_col,
+        "n_token": n_token,
+        "gb_s": round(copies * ggml_bytes / best / 1e9, 2),
+        "cpu_gb_s": round(copies * ggml_bytes / cpu / 1e9, 2),
+        "cpu_gflop_s": round(2 * copies * n_row * n_col * n_token / cpu / 1e9, 1),
+        "gflop_s": round(2 * copies * n_row * n_col * n_token / best / 1e9, 1),
+        "dispatch_us": round(best / copies * 1e6, 1),
+        "trace_ms": round(trace_s * 1e3),
+        "first_run_ms": round((first_s - best) * 1e3),
+        "pack_gb_s": round(ggml_bytes / pack_s / 1e9, 2),
         "spirv_bytes": len(code),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -106,21 +127,32 @@ def main() -> None:
     parser.add_argument("--schedule", default="lane_row")
     args = parser.parse_args()
     device = open_device()
-    layout = Layout("lane_row", device.limits.subgroup_size, args.lane_rows) if args.schedule == "lane_row" else Layout("lane_chunk", 1, args.lane_rows)
+    layout = (
+        Layout("lane_row", device.limits.subgroup_size, args.lane_rows)
+        if args.schedule == "lane_row"
+        else Layout("lane_chunk", 1, args.lane_rows)
+    )
     results = []
     for fmt in args.fmt.split(","):
         n_col = args.cols or (1024 if FORMATS[fmt].block == 256 else 896)
         for tile in map(int, args.tile.split(",")):
             spec = MatmulSpec(
-                fmt, layout, tile, norm=args.norm, epilogue=args.epilogue, activations=args.activations, subgroup=device.limits.subgroup_size
+                fmt,
+                layout,
+                tile,
+                norm=args.norm,
+                epilogue=args.epilogue,
+                activations=args.activations,
+                subgroup=device.limits.subgroup_size,
             )
             n_token = args.tokens or (1 if tile == 1 else 64 // tile * tile)
             result = measure(device, spec, args.rows, n_col, n_token, args.repeat, args.copies, args.huge)
             results.append(result)
             print(
-                f"{result['kernel']:60} {result['gb_s']:7.2f} GB/s {result['gflop_s']:7.1f} GFLOP/s  {result['dispatch_us']:9.1f} µs  "
+                f"{result['kernel']:60} {result['gb_s']:7.2f} GB/s {result['gflop_s']:7.1f} GFLOP/s "
+                f"{result['dispatch_us']:9.1f} µs  "
                 f"per CPU second {result['cpu_gb_s']:6.2f} GB {result['cpu_gflop_s']:6.1f} GFLOP  "
-                f"trace {result['trace_ms']} ms, JIT {result['first_run_ms']} ms, pack {result['pack_gb_s']} GB/s, {result['spirv_bytes']} B",
+                f"trace {result['trace_ms']} ms, JIT {result['first_run_ms']} ms, pack {result['pack_gb_s']} GB/s",
                 flush=True,
             )
     print(json.dumps({"device": device.info.name, "driver": device.info.driver_info, "results": results}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from vkllm_codegen import Block, Buffer, Kernel, Value, f32x4, kernel, read, texel, u32, u32x4, write
 from vkllm_shaders.formats import SLOTS, Layout, StepWeights, format_of
@@ -16,13 +16,13 @@ def groups(fmt: str, n_col: int, n_token: int) -> tuple[int, int, int]:
     return -(-f.n_chunk(n_col) * f.steps // WORKGROUP), n_token, 1
 
 
-@lru_cache(maxsize=None)
+@cache
 def embed(fmt: str, layout: Layout) -> Kernel:
     """x[t, :] = row params[t] (the token id) of a matrix packed with row_order "store". Dispatch: groups(fmt, n_col, n_token).
 
     Bindings: w (u32x4; texel in lane_row, storage in lane_chunk), params (u32), x (f32x4 [n_token, x_stride]).
     Push: n_chunk (chunks a row), x_stride (f32x4 a row of x). Columns past n_col, up to the chunk's end or x_stride, become zero.
-    A token id beyond the matrix reads a row of zeros or, in storage buffers, what the device's bounds rules give: check ids on the host.
+    A token id beyond the matrix reads outside of it: check ids on the host.
     """
     f, rows, lanes = format_of(fmt), layout.rows, layout.lanes
     n_texel, n_head, n_body = f.n_texel(rows), f.n_head(rows), f.n_body(rows)

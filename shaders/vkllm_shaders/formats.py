@@ -8,13 +8,14 @@ Words. A row group is `lanes * rows` rows. A *chunk* is 64 weights (256 for K-qu
 *slots* of four, so that a slot is one texel of x; `Format.texel` tells which (ggml's nibble order is kept).
 
 In the formats of 4, 5 and 6 bits a word holds two rows: 16 bits of row 2i below 16 bits of row 2i + 1. A *quad* is such a word
-with one weight a byte: [row 2i, weight k], [2i, k + 1], [2i + 1, k], [2i + 1, k + 1]. The f32 kernels mask a byte and convert it
-without a shift (its power of two goes into the scale), the int8 kernels multiply two rows at a time.
+with one weight a byte: [row 2i, weight k], [2i, k + 1], [2i + 1, k], [2i + 1, k + 1]. The f32 kernels mask a byte and convert
+it without a shift (its power of two goes into the scale), the int8 kernels multiply two rows at a time.
 
 Layouts:
-- "lane_row" (lavapipe): texel ((group * n_chunk + chunk) * n_texel + j) * lanes + lane. Packed row (group * rows + r) * lanes + lane.
-- "lane_chunk" (GPUs; lanes = 1): a group holds its head texels [n_head, n_chunk], then its body texels [n_body, n_chunk * steps], so that
-  neighbouring invocations, one a step, read neighbouring texels. Packed row group * rows + r.
+- "lane_row" (lavapipe): texel ((group * n_chunk + chunk) * n_texel + j) * lanes + lane.
+  Packed row (group * rows + r) * lanes + lane.
+- "lane_chunk" (GPUs; lanes = 1): a group holds its head texels [n_head, n_chunk], then its body texels
+  [n_body, n_chunk * steps], so that neighbouring invocations, one a step, read neighbouring texels. Packed row group * rows + r.
 
 This module does not know what is multiplied with what; see matmul.py.
 Source of the block structures: ggml's quantization formats as gguf.quants dequantizes them.
@@ -30,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vkllm_codegen import Block, Value, f32, i32, u32
+from vkllm_codegen import Block, Value, f32, i32
 from vkllm_codegen.errors import KernelError
 
 U16 = NDArray[np.uint16]
@@ -44,7 +45,10 @@ SLAB_BYTES = 1 << 18  # of file data packed at a time: small enough to stay in t
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where packed texels lie. `lanes`: rows side by side (the subgroup size for lane_row, 1 for lane_chunk); `rows`: rows a lane."""
+    """Where packed texels lie.
+
+    lanes: rows side by side (the subgroup size for lane_row, 1 for lane_chunk); rows: rows a lane.
+    """
 
     kind: Literal["lane_row", "lane_chunk"] = "lane_row"
     lanes: int = 8
@@ -99,7 +103,7 @@ class StepWeights:
         return self.fmt.raw(self, r, slot, comp)
 
     def magic(self, r: int, slot: int, comp: int) -> tuple[Value, int]:
-        """The same, with its exponent, for GPUs that convert integers slowly: bits put into the mantissa of 2**23, which is taken away."""
+        """The same, with its exponent, for GPUs, which convert integers slowly: bits in the mantissa of 2**23."""
         shift, mask, exponent = self.fmt.mantissa(r, comp)
         word = self.fmt.raw_word(self, r, slot, comp)
         bits = ((word >> shift) if shift else word) & mask
@@ -124,7 +128,7 @@ class StepWeights:
 
 @dataclass(frozen=True)
 class Format:
-    """One ggml type. `block` weights in `block_bytes`; `chunk` weights; `n_sub` scales a step (0: the raw numbers are the weights)."""
+    """One ggml type: `block` weights in `block_bytes`; `n_sub` scales a step (0: the raw numbers are the weights)."""
 
     name: str
     block: int
@@ -228,16 +232,16 @@ def put_words(words: U32, texels: U32) -> None:
 
 
 def put_texels(words: U32, texels: U32) -> None:
-    """words [group, row or pair, lane, chunk, block, 4 k] → texels [group, chunk, (row or pair, block, k), lane, 4], 16 bytes at a time."""
+    """words [group, row or pair, lane, chunk, block, 4 k] → texels [group, chunk, (row or pair, block, k), lane, 4]."""
     source = words.view(np.complex128)  # a number of 16 bytes that numpy copies without looking at it
-    g, p, s, c, n, k = source.shape
+    p, n, k = source.shape[1], source.shape[4], source.shape[5]
     split_axis(texels.view(np.complex128)[..., 0], 2, (p, n, k))[...] = source.transpose(0, 3, 1, 4, 5, 2)
 
 
 def put_steps(words: U32, texels: U32) -> None:
     """words [group, pair, lane, chunk, step, 4 k] → texels [group, chunk, step, (pair, k), lane, 4]."""
     source = words.view(np.complex128)
-    g, p, s, c, n, k = source.shape
+    p, k = source.shape[1], source.shape[5]
     split_axis(texels.view(np.complex128)[..., 0], 3, (p, k))[...] = source.transpose(0, 3, 4, 1, 5, 2)
 
 
@@ -356,7 +360,7 @@ class _KNibble(Format):
         return d * self._six_bits(w, r, sub, 1)
 
     def _six_bits(self, w: StepWeights, r: int, sub: int, which: int) -> Value:
-        """The scale (0) or minimum (1) of block 2 * step + sub. ggml keeps four in bytes, and four split between nibbles and top bits."""
+        """The scale (0) or minimum (1) of block 2 * step + sub: four are bytes, four are nibbles and the bytes' top bits."""
 
         def four() -> Value:
             plain, split = w.head(4 * r + 1 + which), w.head(4 * r + 3)
@@ -392,7 +396,7 @@ def _transpose_fields(qh: U32) -> U32:
 
 
 class _Q6K(Format):
-    """Q6_K. Head: 16 signed scales a row, then d. Body: the upper bits, nibbles. A step is 16 weights of each quarter of a half block."""
+    """Q6_K. Head: 16 signed scales a row, then d. Body: upper bits, nibbles. A step: 16 weights of each quarter of a half."""
 
     def n_head(self, rows: int) -> int:
         return rows + -(-rows // 8)
@@ -429,7 +433,7 @@ class _Q6K(Format):
             last[:, :, i // 8, :, i % 8] = block[:, i, :, :, 104].swapaxes(1, 2)
         words = two_rows(rows)[..., 0, :]
         outer = words.shape[:4]
-        low = words[..., :64].reshape(*outer, 2, 2, 2, 8).swapaxes(5, 6)  # [half block, quarter % 2, step, 8] → [half, step, quarter, 8]
+        low = words[..., :64].reshape(*outer, 2, 2, 2, 8).swapaxes(5, 6)  # to (half, step, quarter % 2, 8)
         put_steps(words[..., 64:96].reshape(*outer, 4, 8), body[:, :, :, :r])
         put_steps(low.reshape(*outer, 4, 16), body[:, :, :, r:])
 
@@ -508,8 +512,8 @@ def pack(
     """Pack a matrix, a slab of row groups at a time; no second copy of it is made.
 
     Args: blocks: u8 [n_row, row_bytes] as in the file, or several such parts, one below the other; n_col: weights a row;
-        out: u8 [packed_nbytes], e.g. mapped device memory, written in order; row_order: source row of each packed row, -1 for a row
-        of zeros (default: as they are); threads: workers (numpy releases the GIL while it copies).
+        out: u8 [packed_nbytes], e.g. mapped device memory; row_order: source row of each packed row, -1 for a row of zeros
+        (default: as they are); threads: workers (numpy releases the GIL while it copies).
     Raises: KernelError: sizes that do not fit.
     """
     f = format_of(fmt)
@@ -582,7 +586,7 @@ def row_order(
     head_dim: int = 0,
     rope_pairing: str = "interleaved",
 ) -> NDArray[np.int64]:
-    """The source row of each packed row, over the rows of the parts one below the other; -1 is padding. A whole number of row groups.
+    """The source row of each packed row, over the rows of the parts one below the other; -1 is padding.
 
     "store", "residual": as they are. "swiglu": parts (gate, up); a lane's rows are (gate i, up i) pairs.
     "qkv": parts q, k, v or some of them, heads of `head_dim` rows; a lane's rows are RoPE pairs: rows (2i, 2i + 1) of a head
@@ -597,7 +601,7 @@ def row_order(
         pairs = np.stack([np.arange(n_rows[0]), np.arange(n_rows[0]) + n_rows[0]])
     else:
         if head_dim < 2 or head_dim % 2 or any(n % head_dim for n in n_rows):
-            raise KernelError(f"qkv of parts with {list(n_rows)} rows", hint=f"expected multiples of head_dim ({head_dim}), which is even")
+            raise KernelError(f"qkv of parts with {list(n_rows)} rows", hint=f"expected whole heads of {head_dim} (even) rows")
         i = np.arange(n_row // 2)
         head, j = i // (head_dim // 2) * head_dim, i % (head_dim // 2)
         first = head + (2 * j if rope_pairing == "interleaved" else j)

@@ -1,30 +1,49 @@
-"""Weights times activations: matvec and GEMM in one kernel family, for every format of formats.py, with the work around them fused.
+"""Weights times activations, matvec and GEMM in one: every format of formats.py, with the work around the product fused in.
 
     y[t, row] = epilogue(sum_k weight[row, k] * norm(x)[t, k] + bias[row])
 
 `matmul(spec)` makes the kernel for a `tile` of tokens. The two schedules share all arithmetic; they differ in where a lane's
 weights and x come from and in who adds up:
-- "lane_row" (lavapipe): one subgroup a workgroup; a lane owns `rows` rows and walks along them; each slot of x (one texel) lies in
-  one lane and reaches the others by a shuffle from a constant lane. No reduction over lanes, no shared memory.
-- "lane_chunk" (GPUs): a subgroup owns `rows` rows; lane after lane takes a step of 64 weights, reads its own x, and the lanes are
-  added at the end. `subgroups` subgroups a workgroup, each with its own rows.
+- "lane_row" (lavapipe): one subgroup a workgroup; a lane owns `rows` rows and walks along them; each slot of x (one texel)
+  lies in one lane and reaches the others by a shuffle from a constant lane. No reduction over lanes, no shared memory.
+- "lane_chunk" (GPUs): a subgroup owns `rows` rows; lane after lane takes a step of 64 weights, reads its own x, and the lanes
+  are added at the end. `subgroups` subgroups a workgroup, each with its own rows.
 
-Arithmetic. Few tokens: products of raw numbers are added up within a block and scaled once (zero points and minimums by the
-block's sum of x). From `DEQUANTIZE_TOKENS` tokens on: a weight is dequantized once and multiplied with every token's x.
-activations="int8": x is rounded to 8 bits for each 32 values (a slot group, so 16 of two quarters in Q6_K), products and their sums are integers, scaled a block at a time.
+Arithmetic. One or two tokens on lavapipe: products of raw numbers are added up within a block and scaled once (zero points and
+minimums by the block's sum of x). Else a weight is dequantized once and multiplied with every token's x.
+activations="int8": x is rounded to 8 bits with a scale for each 32 values (GROUP slots of a step), products and their sums are
+integers, scaled a block at a time; F32, F16 and BF16 weights have no blocks and keep f32.
 RMSNorm needs no pass of its own: sum(x²) is gathered in the same loop and scales the result.
 
-Source: KERNELS.md, measured there and in bench/LOG.md.
+Source: KERNELS.md's measurements and those in bench/LOG.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
-from vkllm_codegen import Binding, Block, Buffer, DType, Kernel, Value, f16, f32, f32x4, i32, read, readwrite, texel, trace, u32, u32x4, write
+from vkllm_codegen import (
+    Binding,
+    Block,
+    Buffer,
+    DType,
+    Kernel,
+    Value,
+    f16,
+    f32,
+    f32x4,
+    i32,
+    read,
+    readwrite,
+    texel,
+    trace,
+    u32,
+    u32x4,
+    write,
+)  # fmt: skip
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.formats import SLOTS, Format, Layout, StepWeights, format_of
 
@@ -32,6 +51,8 @@ DEQUANTIZE_TOKENS = 3
 NO_SLOT = 0xFFFFFFFF
 GROUP = 8  # slots (32 values) of x that share a scale in 8 bits
 ALIGN_COLUMNS = 64  # rows of x are padded with zeros to a multiple of this
+
+DEFAULT_LAYOUT = Layout()
 
 Epilogue = Literal["store", "residual", "swiglu", "qkv"]
 
@@ -51,7 +72,7 @@ class MatmulSpec:
     """
 
     fmt: str
-    layout: Layout = Layout()
+    layout: Layout = DEFAULT_LAYOUT
     tile: int = 1
     norm: bool = False
     bias: bool = False
@@ -103,7 +124,7 @@ def push_constants(spec: MatmulSpec) -> dict[str, DType]:
     names += ["n_col"] if spec.norm else []
     names += ["capacity"] if spec.gather or spec.epilogue == "qkv" else []
     names += ["n_head", "n_kv_head"] if spec.epilogue == "qkv" else ["y_stride"]
-    return {name: u32 for name in names} | ({"eps": f32} if spec.norm else {})
+    return dict.fromkeys(names, u32) | ({"eps": f32} if spec.norm else {})
 
 
 def _bindings(spec: MatmulSpec) -> dict[str, Binding]:
@@ -119,7 +140,7 @@ def _bindings(spec: MatmulSpec) -> dict[str, Binding]:
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def matmul(spec: MatmulSpec) -> Kernel:
     """The kernel of a spec. Dispatch: spec.groups(length of the row order, n_token).
 
@@ -130,15 +151,22 @@ def matmul(spec: MatmulSpec) -> Kernel:
         norm_w  f32x4 texels [n_col], padded like x: finite there
         bias    f32 in packed row order (formats.pack_vector)
         y       f32 [n_token, y_stride]; "residual" adds to it; or, for "qkv":
-        q       f32 [n_token, n_head * head_dim]; k, v: f16 [slots, n_kv_head, head_dim]; rope: f32 [positions, head_dim / 2, 2] as f32x4;
+        q       f32 [n_token, n_head * head_dim]; k, v: f16 [slots, n_kv_head, head_dim];
+        rope    f32x4 texels of f32 [positions, head_dim / 2, 2]
         params  u32 [6, capacity]: for "qkv" (positions, slots) and for gather (output rows)
     Push: n_chunk: chunks a row (Format.n_chunk); n_group: row groups of w; x_stride: texels a row of x; n_token: rows to compute;
-        n_row: rows of y that these weights make ("swiglu": of the gate; "qkv": of the parts together); first_row: y's first of them
-        (for "qkv" counted over q, k, v one below the other); n_col and eps: for the norm; capacity: T of params; y_stride: floats.
+        n_row: rows of y that these weights make ("swiglu": of the gate; "qkv": of the parts together); first_row: y's first of
+        them ("qkv": counted over q, k, v one below the other); n_col and eps: for the norm; capacity: T of params;
+        y_stride: floats a row of y.
     Nothing is written for rows from n_row and tokens from n_token on; a cache slot of 0xFFFFFFFF is not written.
     """
     local = spec.lanes * (1 if spec.on_lavapipe else spec.subgroups)
-    return trace(spec.name, _bindings(spec), push_constants(spec), {}, local, lambda b, bufs, push: _Body(b, spec, bufs, push).emit())
+    doc = "y[t, row] = epilogue(sum_k weight[row, k] * norm(x)[t, k] + bias[row])"
+
+    def body(b: Block, bufs: dict[str, Buffer], push: dict[str, Value]) -> None:
+        _Body(b, spec, bufs, push).emit()
+
+    return trace(spec.name, _bindings(spec), push_constants(spec), {}, local, body, doc)
 
 
 class _Body:
@@ -153,8 +181,8 @@ class _Body:
         self.first_token = b.workgroup_id(1) * spec.tile
         self.acc = [[b.var(f32, 0.0) for _ in range(self.rows)] for _ in range(self.tile)]
         self.squares = [b.var(f32, 0.0) for _ in range(self.tile)] if spec.norm else []
-        # The weights of plain floats come from memory faster than the loop asks for them: touch the next chunk's cache lines, a line
-        # a lane. The largest word seen is kept, so that the loads are.
+        # Memory could deliver plain floats faster than the loop asks for them: touch the next chunk's cache lines, a line a lane.
+        # The largest word seen is kept, so that the loads are.
         self.ahead = b.var(u32, 0) if spec.on_lavapipe and self.fmt.n_sub == 0 and self.tile <= 2 else None
         self.x_start = [self._x_row(t) * push["x_stride"] for t in range(self.tile)]
 
@@ -226,7 +254,7 @@ class _Body:
 
     def _multiply_weights(self, w: StepWeights, x: _X) -> None:
         """Dequantize a weight, multiply it with every token."""
-        b, f = self.b, self.fmt
+        b = self.b
         acc = [[var.get() for var in token] for token in self.acc]
         for slot in range(SLOTS):
             for comp in range(4):
@@ -278,7 +306,8 @@ class _Body:
             for t in range(self.tile):
                 x_sum = x.total(t, sub)
                 for r in range(self.rows):
-                    self.acc[t][r].add(self._scaled([(v, e) for (tt, rr, e), v in sums.items() if (tt, rr) == (t, r)], w, r, sub, x_sum))
+                    mine = [(v, e) for (tt, rr, e), v in sums.items() if (tt, rr) == (t, r)]
+                    self.acc[t][r].add(self._scaled(mine, w, r, sub, x_sum))
 
     def _scaled(self, sums: list[tuple[Value, int]], w: StepWeights, r: int, sub: int, x_sum: Value) -> Value:
         """scale * (sum(raw * x) - zero * sum(x)) - minimum * sum(x), the raw sums given by their exponent."""
@@ -332,7 +361,8 @@ class _Body:
                 both = [w.both(pair, slot, comp) for pair in range(self.rows // 2)]
                 for t in range(self.tile):
                     xs = x.integer(t, slot, comp)
-                    packed[t] = [p + v * xs for p, v in zip(packed[t], both, strict=True)] if packed[t] else [v * xs for v in both]
+                    products = [v * xs for v in both]
+                    packed[t] = [p + v for p, v in zip(packed[t], products, strict=True)] if packed[t] else products
             for t in range(self.tile):
                 parted = []
                 for p in packed[t]:
@@ -406,7 +436,7 @@ class _LaneRowX(_X):
     """A lane holds a slot (two loads hold 16 slots in 8 lanes); values come by shuffles."""
 
     def load(self) -> None:
-        body, b, s = self.body, self.b, self.body.spec.lanes
+        body, s = self.body, self.body.spec.lanes
         self.raw: list[list[Value]] = [[] for _ in range(body.tile)]
         self.scaled: list[list[Value]] = [[] for _ in range(body.tile)]
         for first in range(0, SLOTS, s):
@@ -567,7 +597,8 @@ class _Epilogue:
         step = 2 if self.spec.paired else 1
         for t, token in enumerate(values):
             for r in range(0, self.body.rows, step):
-                self._one(token[r : r + step], (self.body.group * self.body.rows + r) * self.spec.layout.lanes + self.body.lane, t, r)
+                packed = (self.body.group * self.body.rows + r) * self.spec.layout.lanes + self.body.lane
+                self._one(token[r : r + step], packed, t, r)
 
     def _spread(self, values: list[list[Value]]) -> None:
         """All lanes hold all sums: each lane takes one (token, row or pair) and stores it."""

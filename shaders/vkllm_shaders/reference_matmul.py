@@ -21,7 +21,8 @@ def dequantize(fmt: str, blocks: NDArray[np.uint8]) -> F64:
 
 def rmsnorm(x: F64, weight: F64, eps: float) -> F64:
     """x [n_token, n_col] scaled to a mean square of one a row, times weight [n_col]."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    scale: F64 = 1.0 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x * scale * weight
 
 
 def linear(w: F64, x: F64, bias: F64 | None = None, norm: F64 | None = None, eps: float = 0.0) -> F64:

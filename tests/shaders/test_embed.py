@@ -13,8 +13,8 @@ from vkllm_shaders.formats import FORMATS, Layout, pack, packed_nbytes
 from vkllm_shaders.reference_matmul import dequantize
 
 sys.path.insert(0, str(Path(__file__).parent))
-from check import check_kernel, lanes  # noqa: E402
-from test_formats import random_blocks  # noqa: E402
+from check import check_kernel, lanes
+from test_formats import random_blocks
 
 
 @pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])
@@ -30,5 +30,16 @@ def test_rows_come_back(fmt: str, kind: str) -> None:
     width = -(-n_col // 64) * 64
     expected = np.zeros((len(ids), width))
     expected[:, :n_col] = dequantize(fmt, blocks)[ids]
-    buffers = {"w": packed.view(np.uint32).reshape(-1, 4), "params": np.concatenate([ids, ids[::-1]]), "x": np.full((len(ids), width), np.nan, np.float32)}
-    check_kernel(embed(fmt, layout), {"x": expected}, buffers, {"n_chunk": f.n_chunk(n_col), "x_stride": width // 4}, {}, groups(fmt, n_col, len(ids)))
+    buffers = {
+        "w": packed.view(np.uint32).reshape(-1, 4),
+        "params": np.concatenate([ids, ids[::-1]]),
+        "x": np.full((len(ids), width), np.nan, np.float32),
+    }
+    check_kernel(
+        embed(fmt, layout),
+        {"x": expected},
+        buffers,
+        {"n_chunk": f.n_chunk(n_col), "x_stride": width // 4},
+        {},
+        groups(fmt, n_col, len(ids)),
+    )

@@ -14,8 +14,8 @@ from vkllm_shaders.matmul import ALIGN_COLUMNS, MatmulSpec, matmul
 from vkllm_shaders.reference_matmul import dequantize, linear, rotate, swiglu
 
 sys.path.insert(0, str(Path(__file__).parent))
-from check import check_kernel, lanes  # noqa: E402
-from test_formats import random_blocks  # noqa: E402
+from check import check_kernel, lanes
+from test_formats import random_blocks
 
 EPS = 1e-5
 NAN = np.float32(np.nan)
@@ -42,9 +42,13 @@ class Case:
         self.x = self.x_all[self.rows].astype(np.float64)
         self.buffers: dict[str, Any] = {"w": packed.view(np.uint32).reshape(-1, 4), "x": x}
         self.push: dict[str, Any] = {
-            "n_chunk": f.n_chunk(n_col), "n_group": spec.layout.n_group(len(self.order)), "x_stride": width // 4, "n_token": n_token,
-            "n_row": n_rows[0] if spec.epilogue == "swiglu" else sum(n_rows), "first_row": 0,
-        }  # fmt: skip
+            "n_chunk": f.n_chunk(n_col),
+            "n_group": spec.layout.n_group(len(self.order)),
+            "x_stride": width // 4,
+            "n_token": n_token,
+            "n_row": n_rows[0] if spec.epilogue == "swiglu" else sum(n_rows),
+            "first_row": 0,
+        }
         self.norm = self.bias = None
         if spec.norm:
             self.norm = rng.uniform(0.5, 1.5, n_col)
@@ -141,9 +145,16 @@ def test_formats_and_shapes(fmt: str, tile: int, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])
 @pytest.mark.parametrize("tile", [1, 2, 4])
-@pytest.mark.parametrize("fused", [
-    {"norm": True, "bias": True}, {"epilogue": "residual", "bias": True}, {"epilogue": "swiglu", "norm": True}, {"norm": True, "gather": True}
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "fused",
+    [
+        {"norm": True, "bias": True},
+        {"epilogue": "residual", "bias": True},
+        {"epilogue": "swiglu", "norm": True},
+        {"norm": True, "gather": True},
+    ],
+    ids=str,
+)
 def test_fused_work(fused: dict[str, Any], tile: int, kind: str) -> None:
     fmt = {1: "Q5_0", 2: "Q4_K", 4: "Q8_0"}[tile]
     n_rows = (52, 52) if fused.get("epilogue") == "swiglu" else (52,)
