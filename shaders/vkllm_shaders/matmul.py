@@ -346,30 +346,36 @@ class _Body:
             words = [w.fmt.word(w, r, slot) ^ 0x80808080 for r in range(self.rows)]  # type: ignore[attr-defined]
             for t in range(self.tile):
                 products = [self.b.dot_i8(word, x.integer_word(t, slot)) for word in words]
-                sums[t] = [a + p for a, p in zip(sums[t], products, strict=True)] if sums[t] else products
+                sums[t] = added(sums[t], products)
         return sums
 
     def _pair_products(self, w: StepWeights, x: _X, slots: range) -> list[list[Value]]:
-        """Two rows in the halves of a word, parted before 16 bits overflow."""
-        limit = 32767 // (127 * ((1 << self.fmt.bits) - 1))
+        """Two rows in the halves of a word: p = high * 2**16 + low, read off before low leaves 16 bits.
+
+        The sum of the p, which may overflow, and that of the highs give the sum of the lows.
+        """
+        limit = max(n for n in (4, 8, 16, 32) if n * 127 * ((1 << self.fmt.bits) - 1) <= 32767)
         weights = [(slot, comp) for slot in slots for comp in range(4)]
-        sums: list[list[Value]] = [[] for _ in range(self.tile)]
-        limit = max(n for n in (4, 8, 16, 32) if n <= limit)
+        words: list[list[Value]] = [[] for _ in range(self.tile)]
+        highs: list[list[Value]] = [[] for _ in range(self.tile)]
         for first in range(0, len(weights), limit):
             packed: list[list[Value]] = [[] for _ in range(self.tile)]
             for slot, comp in weights[first : first + limit]:
                 both = [w.both(pair, slot, comp) for pair in range(self.rows // 2)]
                 for t in range(self.tile):
                     xs = x.integer(t, slot, comp)
-                    products = [v * xs for v in both]
-                    packed[t] = [p + v for p, v in zip(packed[t], products, strict=True)] if packed[t] else products
+                    packed[t] = added(packed[t], [v * xs for v in both])
             for t in range(self.tile):
-                parted = []
-                for p in packed[t]:
-                    low = (p << 16) >> 16
-                    parted += [low, (p - low) >> 16]
-                sums[t] = [a + p for a, p in zip(sums[t], parted, strict=True)] if sums[t] else parted
-        return sums
+                highs[t] = added(highs[t], [(p + 0x8000) >> 16 for p in packed[t]])
+                words[t] = added(words[t], packed[t])
+        return [
+            [v for p, high in zip(words[t], highs[t], strict=True) for v in (p - (high << 16), high)] for t in range(self.tile)
+        ]
+
+
+def added(sums: list[Value], values: list[Value]) -> list[Value]:
+    """Sums (none yet: an empty list) plus values."""
+    return [a + v for a, v in zip(sums, values, strict=True)] if sums else values
 
 
 class _X:
