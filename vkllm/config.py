@@ -137,7 +137,7 @@ def _refuse_unsupported(meta: _Metadata, arch: str) -> None:
 
 
 def _head_dim(meta: _Metadata, arch: str, n_embd: int, n_head: int) -> int:
-    """The length of a head: its own key, or n_embd / n_head."""
+    """The length of a head: its own key, or n_embd / n_head. Kernels read the cache in chunks of 8."""
     key = f"{arch}.attention.key_length"
     if key not in meta.pairs and n_embd % n_head:
         raise ConfigError(
@@ -145,6 +145,8 @@ def _head_dim(meta: _Metadata, arch: str, n_embd: int, n_head: int) -> int:
             hint="convert the model again",
         )
     head_dim = meta.integer(key, n_embd // n_head)
+    if head_dim % 8:
+        raise UnsupportedModelError(f"heads of {head_dim} dimensions", hint="the kernels need a multiple of 8")
     value_length = meta.integer(f"{arch}.attention.value_length", head_dim)
     if value_length != head_dim:
         raise UnsupportedModelError(

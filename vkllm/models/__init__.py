@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from vkllm.config import ModelConfig
-from vkllm.errors import UnsupportedModelError
+from vkllm.errors import FileFormatError, UnsupportedModelError
 from vkllm.models import llama, qwen2
 from vkllm.plan import Graph
 
@@ -16,8 +16,13 @@ def build_graph(config: ModelConfig, tensors: Collection[str]) -> Graph:
     """The graph of a model.
 
     Args: tensors: the names that the file holds; they decide what is optional (tied head, biases, rope factors).
-    Raises: UnsupportedModelError: an architecture that we do not have.
+    Raises: UnsupportedModelError: an architecture that we do not have; FileFormatError: more layers than tensors.
     """
+    if config.n_layer > len(tensors):  # before a graph of a billion layers is built
+        raise FileFormatError(
+            f"{config.arch}.block_count is {config.n_layer}; the file holds {len(tensors)} tensors",
+            hint="the file is damaged: convert the model again",
+        )
     try:
         graph = ARCHITECTURES[config.arch]
     except KeyError:
