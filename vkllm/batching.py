@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 
 from vkllm.chain import Output, Rows, Span
 from vkllm.engine import GenerationResult, LLMEngine, Timings, Usage
-from vkllm.errors import CapacityError, ContextTooLongError, DeviceError, NonFiniteError, RequestError, VkllmError
+from vkllm.errors import (
+    CapacityError,
+    ContextTooLongError,
+    DeviceError,
+    NonFiniteError,
+    RequestError,
+    ThermalLimitError,
+    VkllmError,
+)
 from vkllm.kv_cache import BlockPool
 from vkllm.sampler import Logits, Sampler, SamplingParams, StopMatcher, log_probabilities
 from vkllm.scheduler import Chunk, Scheduler
@@ -30,12 +38,19 @@ MASKED = np.float32(-1e30)
 """The logit of a token that a constraint forbids: so low that it is never drawn, but finite, as the sampler wants it."""
 
 
+STOPPED_POLL_S = 0.05  # how often a stopped engine asks its pacer
+
+
 class Pacer(Protocol):
     """What slows the engine down, if anything does. The worker asks before and after every step."""
 
     @property
     def batch_limit(self) -> int | None:
-        """Most rows of the next step; None: as many as fit."""
+        """Most rows of the next step; None: as many as fit; 0: the device must stop, and no new work is taken."""
+
+    @property
+    def retry_after_s(self) -> float:
+        """While `batch_limit` is 0: about when to ask again."""
 
     def pace(self, busy_s: float) -> float:
         """A step kept the device busy for `busy_s` seconds; returns how many seconds it must now rest."""
@@ -241,6 +256,10 @@ class BatchEngine:
             StopMatcher(params.stop),
             frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.tokenizer.eos_ids),
         )
+        if self.pacer is not None and self.pacer.batch_limit == 0:
+            hot = ThermalLimitError("the device is too hot to take work", hint="try again later")
+            hot.retry_after_s = self.pacer.retry_after_s
+            raise hot
         with self._lock:
             if self.failure is not None or self._closing:
                 raise CapacityError(f"the engine is down: {self.failure or 'it closes'}", hint="try again later")
@@ -264,10 +283,11 @@ class BatchEngine:
             closing = not self._take_news()
             if closing:
                 break
-            chunks = self.scheduler.plan(self.pacer.batch_limit if self.pacer else None) if self._streams else []
+            limit = self.pacer.batch_limit if self.pacer else None
+            chunks = self.scheduler.plan(limit) if self._streams and limit != 0 else []
             self._note()
             if not chunks:
-                self._news.wait()
+                self._news.wait(STOPPED_POLL_S if limit == 0 else None)
                 continue
             started = time.perf_counter()
             try:

@@ -55,7 +55,9 @@ class NonFiniteError(VkllmError):
 
 
 class CapacityError(VkllmError):
-    """Not now: a limit is reached. HTTP 503."""
+    """Not now: a limit is reached. HTTP 503. `retry_after_s`: when to ask again."""
+
+    retry_after_s = 1.0
 
 
 class CacheFullError(CapacityError):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from vkllm import LLMEngine, RuntimeConfig, SamplingParams
 from vkllm.batching import BatchEngine, CancelledRequestError, Handle
 from vkllm.chain import Output, Rows
-from vkllm.errors import CapacityError, ContextTooLongError, DeviceLostError, NonFiniteError, RequestError
+from vkllm.errors import CapacityError, ContextTooLongError, DeviceLostError, NonFiniteError, RequestError, ThermalLimitError
 from vkllm.vk import list_devices
 
 TEXT = "Once upon a time there was a small dog who lived near the river. One day it met a cat, and they went to the hills. " * 3
@@ -188,6 +188,7 @@ class SlowPacer:
     """Two rows a step, and rests."""
 
     batch_limit = 2
+    retry_after_s = 7.0
 
     def __init__(self) -> None:
         self.busy: list[float] = []
@@ -203,4 +204,23 @@ def test_a_pacer_limits_rows_and_makes_the_device_rest(engine: LLMEngine, single
         texts = [h.result().text for h in [batch.submit(f"Once upon {i}", replace(GREEDY, max_tokens=4)) for i in "abc"]]
         assert batch.stats.rows <= 2 * batch.stats.steps
     assert texts == [single.generate(f"Once upon {i}", replace(GREEDY, max_tokens=4)) for i in "abc"]
-    assert batch.stats.rest_s >= 0.02 * len(pacer.busy) > 0
+    assert batch.stats.rest_s >= 0.019 * len(pacer.busy) > 0
+
+
+def test_a_tripped_pacer_stops_the_device_and_refuses_work_until_it_recovers(engine: LLMEngine, single: LLMEngine) -> None:
+    pacer = SlowPacer()
+    with BatchEngine(engine, pacer=pacer) as batch:
+        handle = batch.submit("Once upon a time", GREEDY)
+        events = handle.events()
+        ids = [*next(events).token_ids]
+        pacer.batch_limit = 0
+        time.sleep(0.2)
+        steps = batch.stats.steps
+        time.sleep(0.1)
+        assert batch.stats.steps == steps
+        with pytest.raises(ThermalLimitError) as refused:
+            batch.submit("Hi")
+        assert refused.value.retry_after_s == 7.0
+        pacer.batch_limit = 2
+        ids += [i for e in events for i in e.token_ids]
+    assert tuple(ids) == single.generate_result("Once upon a time", GREEDY).token_ids
