@@ -232,9 +232,17 @@ class ModelChain:
         return recording
 
     def _pipeline(self, step: Dispatch) -> Pipeline:
-        kernel = step.kernel
-        kinds = tuple(b.kind for b in kernel.bindings)
-        return self.device.pipeline(kernel.name, kernel.code, kinds, kernel.push_bytes, features=kernel.features)
+        """The compiled kernel. Kernels are written for one subgroup size: where the driver may choose, it is told."""
+        kernel, limits = step.kernel, self.device.limits
+        varies = limits.min_subgroup_size != limits.max_subgroup_size and "subgroup_size_control" in limits.features
+        return self.device.pipeline(
+            kernel.name,
+            kernel.code,
+            tuple(b.kind for b in kernel.bindings),
+            kernel.push_bytes,
+            required_subgroup_size=limits.subgroup_size if varies else None,
+            features=kernel.features,
+        )
 
     def _zeroed(self, name: str, nbytes: int) -> Buffer:
         """A buffer of zeros: padding columns are read, so they must not hold NaN."""

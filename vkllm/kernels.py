@@ -29,7 +29,7 @@ from vkllm_shaders.attention import AttentionSpec, combine, direct, partial
 from vkllm_shaders.embed import embed
 from vkllm_shaders.embed import groups as embed_groups
 from vkllm_shaders.formats import FORMATS, Layout, row_order
-from vkllm_shaders.matmul import MatmulSpec, matmul
+from vkllm_shaders.matmul import MatmulSpec, best_tile, matmul
 from vkllm_shaders.sample import SampleSpec, argmax, top_k
 
 SMALL_MODEL_BYTES = 64 << 20
@@ -196,7 +196,7 @@ class Lowering:
         return MatmulSpec(
             fmt=matrix.fmt,
             layout=self.layout,
-            tile=min(8, n_row),
+            tile=best_tile(n_row),
             norm=op.norm is not None,
             bias=any(part.bias for part in matrix.parts),
             epilogue=epilogue,  # type: ignore[arg-type]
