@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vkllm import debug
 from vkllm.config import RuntimeConfig
 from vkllm.errors import ConfigError, NonFiniteError, OutOfDeviceMemoryError
 from vkllm.files.gguf import GGUFFile
@@ -85,13 +87,16 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """The command buffers of one bucket, with its parameter buffer. `ops` names the last op of each."""
+    """The command buffers of one bucket, what each holds, and the parameter buffer that all of them read."""
 
     capacity: int
     params: Buffer
     recordings: tuple[Recording, ...]
-    ops: tuple[str, ...]
-    steps: tuple[Step, ...]
+    runs: tuple[tuple[Step, ...], ...]
+
+    def dispatches(self, run: int) -> list[Dispatch]:
+        """The dispatches of one of the recordings."""
+        return [step for step in self.runs[run] if isinstance(step, Dispatch)]
 
 
 class ModelChain:
@@ -107,6 +112,7 @@ class ModelChain:
         self.capacity = self._lower.capacity
         self.activations = self._lower.activations
         self.bytes_per_token = sum(weight_bytes(file, part) for part in graph.parts() if part.weight != "token_embd.weight")
+        debug.log(debug.DEVICE, f"{device.info.name}, {self._lower.layout.kind}, activations {self.activations}")
         self._check_memory()
         self._buffers: dict[str, Buffer] = {}
         self._pipelines: dict[str, Pipeline] = {}
@@ -125,13 +131,16 @@ class ModelChain:
     @property
     def dispatches_per_token(self) -> int:
         """Dispatches of one decode step."""
-        return sum(isinstance(step, Dispatch) for step in self._record(1, 1, watched=False).steps)
+        return len(self._decode_dispatches())
 
     @property
     def dispatches_per_layer(self) -> float:
         """Of those, how many belong to a layer, on average."""
-        steps = self._record(1, 1, watched=False).steps
-        return sum(isinstance(s, Dispatch) and s.op.startswith("blk.") for s in steps) / self.graph.config.n_layer
+        return sum(d.op.startswith("blk.") for d in self._decode_dispatches()) / self.graph.config.n_layer
+
+    def _decode_dispatches(self) -> list[Dispatch]:
+        recorded = self._record(1, 1, watched=False)
+        return [d for i in range(len(recorded.runs)) for d in recorded.dispatches(i)]
 
     def forward(self, rows: Rows, watch: Watch | None = None) -> Output:
         """Run one step. `watch(op name, output f32 [n_row, n_col])` sees each op's output; it costs a submit an op.
@@ -148,12 +157,23 @@ class ModelChain:
         capacity = self._bucket(n_row)
         recorded = self._record(capacity, min(self._bucket(n_out), capacity) if n_out else 0, watched=watch is not None)
         self._write_params(recorded, rows)
-        for recording, op in zip(recorded.recordings, recorded.ops, strict=True):
+        for i, recording in enumerate(recorded.recordings):
             recording.run()
+            if debug.LEVEL >= debug.DISPATCHES:
+                self._log_times(recorded.dispatches(i), recording)
+            op = recorded.dispatches(i)[-1].op
             if watch is not None and (name := self._lower.output_of(op)) is not None:
                 watch(op, self._rows_of(name, n_out if self.graph.buffers[name].per_output else n_row))
         greedy = self._buffers["argmax"].read(n_out * 16, dtype=np.uint32).reshape(n_out, 4)
         return Output(greedy[:, 0], lambda: self._rows_of(self.graph.logits, n_out))
+
+    def _log_times(self, dispatches: Sequence[Dispatch], recording: Recording) -> None:
+        """µs and weight bandwidth of every dispatch of a recording's last run."""
+        times = recording.timestamps_us()
+        for step, (before, after) in zip(dispatches, pairwise(times), strict=True):
+            nbytes = sum(m.nbytes for m in self._lower.matrices if m.name in step.buffers)
+            us = max(after - before, 1e-3)
+            debug.log(debug.DISPATCHES, f"{us:9.1f} µs {nbytes / us / 1e3:7.2f} GB/s  {step.op}: {step.kernel.name}")
 
     def _rows_of(self, name: str, n_row: int) -> NDArray[np.float32]:
         """The first rows of a row buffer, without the padding of its columns."""
@@ -214,20 +234,26 @@ class ModelChain:
         else:
             runs = cut(order(dispatches), self.runtime.submit_ms * 1000.0)
         recordings = tuple(self._record_run(run, params) for run in runs)
-        ops = tuple(next(step.op for step in reversed(run) if isinstance(step, Dispatch)) for run in runs)
-        return Recorded(capacity, params, recordings, ops, tuple(step for run in runs for step in run))
+        return Recorded(capacity, params, recordings, tuple(tuple(run) for run in runs))
 
     def _record_run(self, run: Sequence[Step], params: Buffer) -> Recording:
-        recording = self.device.recording()
+        timed = debug.LEVEL >= debug.DISPATCHES
+        recording = self.device.recording(timestamps=len(run) + 1 if timed else 0)
+        if timed:
+            recording.timestamp()
         for step in run:
             if isinstance(step, Barrier):
+                debug.log(debug.PLAN, "barrier")
                 recording.barrier()
                 continue
+            debug.log(debug.PLAN, f"{step.op}: {step.kernel.name} {step.groups} on {', '.join(step.buffers)}")
             bindings = [
                 Binding(params if name == "params" else self._buffers[name], format=texel_format(b))
                 for name, b in zip(step.buffers, step.kernel.bindings, strict=True)
             ]
             recording.dispatch(self._pipeline(step), bindings, step.groups, step.push)
+            if timed:
+                recording.timestamp()
         recording.finish()
         return recording
 
@@ -257,6 +283,7 @@ class ModelChain:
         """
         needed = sum(m.nbytes for m in self._lower.matrices) + sum(self._lower.buffer_bytes().values())
         available, _ = self.device.memory_budget()
+        debug.log(debug.DEVICE, f"{needed / 2**20:.0f} MiB needed, {available / 2**20:.0f} MiB free")
         if needed > available:
             raise OutOfDeviceMemoryError(
                 f"the model needs {needed / 2**30:.2f} GiB on {self.device.info.name}; {available / 2**30:.2f} GiB are free",

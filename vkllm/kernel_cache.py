@@ -18,6 +18,7 @@ from typing import TypeVarTuple
 
 import vkllm_codegen
 import vkllm_shaders
+from vkllm import debug
 from vkllm.vk.cache import directory
 from vkllm_codegen import Binding, Kernel
 from vkllm_codegen.types import DType
@@ -65,11 +66,16 @@ class KernelCache:
         key = f"{factory.__module__}.{factory.__qualname__}{args!r}"
         if key not in self._kernels:
             file = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.kernel"
-            self._kernels[key] = _load(file) or _save(file, _compile(factory(*args)))
+            cached = _load(file) if debug.LEVEL < debug.IR else None  # from there on every kernel is shown
+            self._kernels[key] = cached or _save(file, _compile(factory(*args)))
         return self._kernels[key]
 
 
 def _compile(kernel: Kernel) -> CompiledKernel:
+    if debug.LEVEL >= debug.IR:
+        debug.log(debug.IR, kernel.ir())
+    if debug.LEVEL >= debug.SPIRV:
+        debug.log(debug.SPIRV, kernel.spvasm())
     return CompiledKernel(kernel.name, kernel.bindings, kernel.push, kernel.features, kernel.spirv())
 
 

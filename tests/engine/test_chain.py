@@ -13,7 +13,7 @@ from vkllm.files import resolve_model
 from vkllm.files.gguf import GGUFFile
 from vkllm.kv_cache import BlockPool, BlockTable
 from vkllm.models import build_graph
-from vkllm.schedule import Access, Touch, unordered_hazards
+from vkllm.schedule import Access, Dispatch, Touch, unordered_hazards
 from vkllm.vk import MINIMUM_LIMITS, BarrierCommand, BufferLike, Command, DispatchCommand, NullDevice
 
 
@@ -48,7 +48,7 @@ class Recorder:
 
     def access(self) -> dict[int, tuple[Access, ...]]:
         """Accesses of each pipeline's bindings, by the pipeline's identity."""
-        steps = [s for r in self.chain._recorded.values() for s in r.steps if hasattr(s, "kernel")]
+        steps = [s for r in self.chain._recorded.values() for run in r.runs for s in run if isinstance(s, Dispatch)]
         return {id(self.chain._pipeline(s)): tuple(b.access for b in s.kernel.bindings) for s in steps}
 
 
