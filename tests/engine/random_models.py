@@ -1,4 +1,4 @@
-"""Small GGUF files with random weights, of any shape, written by the `gguf` package. A test may damage one before it is written."""
+"""Small GGUF files with random weights, of any shape, made with the `gguf` package. A test may damage one before."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Damage = Callable[[Metadata, Tensors], None]
 
 @dataclass(frozen=True)
 class Shape:
-    """A model to make up. `types`: GGUF types of the tensors whose names contain a key; F32 otherwise. n_embd 0: n_head * head_dim."""
+    """A model to make up. `types`: of the matrices whose names contain a key (else F32). `n_embd` 0: n_head * head_dim."""
 
     arch: str = "llama"
     n_layer: int = 1
@@ -84,7 +84,7 @@ def hyper_parameters(s: Shape) -> Metadata:
         "block_count": s.n_layer,
         "embedding_length": s.width,
         "feed_forward_length": s.n_ff,
-        "context_length": 128,
+        "context_length": 1024,
         "attention.head_count": s.n_head,
         "attention.head_count_kv": s.n_kv_head,
         "attention.key_length": s.head_dim,

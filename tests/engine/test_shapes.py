@@ -9,7 +9,7 @@ import pytest
 from random_models import Shape, write_model
 
 from vkllm import LLMEngine, RuntimeConfig
-from vkllm.config import Activations
+from vkllm.config import Activations, Schedule
 from vkllm.diff import nmse
 from vkllm.reference import ReferenceExecutor
 
@@ -34,9 +34,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-def check(path: Path, activations: Activations, limit: float, chunk: int) -> None:
+def check(path: Path, activations: Activations, limit: float, chunk: int, schedule: Schedule = "auto") -> None:
     """Logits of a prefill and of single steps against the reference."""
-    with LLMEngine.init_model(path, RuntimeConfig(n_ctx=64, prefill_chunk=chunk, activations=activations)) as engine:
+    runtime = RuntimeConfig(n_ctx=64, prefill_chunk=chunk, activations=activations, schedule=schedule)
+    with LLMEngine.init_model(path, runtime) as engine:
         ids = [int(i) for i in np.random.default_rng(1).integers(0, engine.config.n_vocab, N_TOKEN)]
         expected = ReferenceExecutor(engine.graph, engine.file, n_ctx=64).forward(ids)
         assert nmse(engine.logits(ids), expected) <= limit
@@ -53,3 +54,18 @@ def test_logits_of_any_shape(folder: Path, shape: Shape) -> None:
 def test_int8_activations(folder: Path) -> None:
     shape = Shape("qwen2", n_layer=2, n_head=6, n_kv_head=1, head_dim=16, n_ff=160, bias=True, types={"ffn": "Q4_0", "": "Q8_0"})
     check(write_model(folder / "model.gguf", shape), "int8", 1e-3, chunk=4)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]], ids=str)
+def test_logits_of_the_gpu_schedule(folder: Path, shape: Shape) -> None:
+    check(write_model(folder / "model.gguf", shape), "f32", 1e-6, chunk=4, schedule="lane_chunk")
+
+
+@pytest.mark.usefixtures("device")
+def test_the_gpu_schedule_splits_a_long_context(folder: Path) -> None:
+    path = write_model(folder / "model.gguf", SHAPES[1])
+    with LLMEngine.init_model(path, RuntimeConfig(n_ctx=1024, prefill_chunk=32, schedule="lane_chunk")) as engine:
+        ids = [int(i) for i in np.random.default_rng(2).integers(0, engine.config.n_vocab, 600)]
+        expected = ReferenceExecutor(engine.graph, engine.file, n_ctx=1024).forward(ids)
+        assert nmse(engine.logits(ids)[-90:], expected[-90:]) <= 1e-6  # beyond position 512: more than one split
