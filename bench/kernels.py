@@ -21,9 +21,14 @@ TEXEL = {"u32x4": "rgba32ui", "f32x4": "rgba32f"}
 
 
 def random_rows(fmt: str, n_row: int, n_col: int) -> np.ndarray:
-    """Random bits: the speed does not depend on the numbers as long as they are finite."""
-    f = FORMATS[fmt]
-    blocks = np.random.default_rng(0).integers(0, 60, (n_row, n_col // f.block, f.block_bytes), dtype=np.uint8)
+    """Random numbers, or bits: the speed does not depend on them as long as they are finite and not denormal."""
+    f, rng = FORMATS[fmt], np.random.default_rng(0)
+    if f.n_sub == 0:
+        values = rng.standard_normal((n_row, n_col), dtype=np.float32)
+        if fmt == "BF16":
+            return np.ascontiguousarray(values.view(np.uint16)[:, 1::2]).view(np.uint8)
+        return values.astype(np.float16 if fmt == "F16" else np.float32).view(np.uint8)
+    blocks = rng.integers(0, 60, (n_row, n_col // f.block, f.block_bytes), dtype=np.uint8)
     return blocks.reshape(n_row, -1)
 
 

@@ -181,9 +181,10 @@ class _Body:
         self.first_token = b.workgroup_id(1) * spec.tile
         self.acc = [[b.var(f32, 0.0) for _ in range(self.rows)] for _ in range(self.tile)]
         self.squares = [b.var(f32, 0.0) for _ in range(self.tile)] if spec.norm else []
-        # Memory could deliver plain floats faster than the loop asks for them: touch the next chunk's cache lines, a line a lane.
-        # The largest word seen is kept, so that the loads are.
-        self.ahead = b.var(u32, 0) if spec.on_lavapipe and self.fmt.n_sub == 0 and self.tile <= 2 else None
+        # Memory could deliver large weights faster than the loop asks for them: touch the next chunk's cache lines, one a lane.
+        # The largest half of a word seen is kept, so that the loads are.
+        large = self.fmt.block_bytes >= self.fmt.block
+        self.ahead = b.var(u32, 0) if spec.on_lavapipe and large and self.tile <= 2 else None
         self.x_start = [self._x_row(t) * push["x_stride"] for t in range(self.tile)]
 
     def emit(self) -> None:
@@ -207,7 +208,7 @@ class _Body:
             if self.ahead is not None:
                 for line in range(0, n_texel, 4):
                     far = base + self.lane * 3 + (n_texel + line) * s
-                    self.ahead.set(b.max(self.ahead.get(), w[b.min(far, last)][0]))
+                    self.ahead.set(b.max(self.ahead.get(), w[b.min(far, last)][0] >> 1))
 
             heads = [w[base + j * s] for j in range(n_head)]
 
@@ -581,9 +582,8 @@ class _Epilogue:
     def emit(self) -> None:
         body, b = self.body, self.b
         values = [[var.get() for var in token] for token in body.acc]
-        if body.ahead is not None:  # 0xFFFFFFFE can only come from NaN weights, and gives NaN
-            word = body.ahead.get()
-            values[0][0] = values[0][0] + b.select(word == 0xFFFFFFFE, word.bitcast(f32), 0.0)
+        if body.ahead is not None:  # never so
+            values[0][0] = b.select(body.ahead.get() == 0xFFFFFFFF, 0.0, values[0][0])
         if self.spec.norm:
             for t, token in enumerate(values):
                 scale = b.rsqrt(self._sum_lanes(body.squares[t].get()) / self.push["n_col"].to(f32) + self.push["eps"])
