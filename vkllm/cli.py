@@ -326,6 +326,7 @@ def diff(
     prompt: Prompt,
     limit: Annotated[float, typer.Option(min=0.0, help="NMSE above which an op has diverged.")] = 1e-4,
     device: DeviceOption = None,
+    n_ctx: ContextOption = None,
     activations: ActivationsOption = "f32",
     as_json: JsonOption = False,
 ) -> None:
@@ -333,7 +334,7 @@ def diff(
     from vkllm.diff import diff as compare
     from vkllm.engine import LLMEngine
 
-    with LLMEngine.init_model(model, runtime(device, None, activations, progress=not as_json)) as engine:
+    with LLMEngine.init_model(model, runtime(device, n_ctx, activations, progress=not as_json)) as engine:
         found = compare(engine, engine.tokenizer.encode(prompt), limit)
     first = found.first_divergence
     if as_json:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from command import Outcome, vkllm
 
+from vkllm.cli import app
 from vkllm.config import ModelConfig
 from vkllm.diff import nmse
 from vkllm.files import resolve_model
@@ -270,6 +271,7 @@ def assert_refused(result: Outcome, *words: str) -> None:
         (("bench", "tiny", "-p", "8", "-n", "1", "--n-ctx", "4"), ("--n-ctx",)),
         (("bench", "tiny", "-p", "5000", "-n", "1"), ("1024",)),
         (("diff", "tiny", "-p", ""), ("empty",)),
+        (("diff", "tiny", "-p", STORY * 5, "--n-ctx", "8"), ("8",)),
         (("logits", "tiny", "--ids", "1,999999", "-o", "{tmp}/x.npy"), ("999999", "2048")),
         (("logits", "tiny", "--ids", "-1", "-o", "{tmp}/x.npy"), ("-1",)),
         (("logits", "tiny", "--ids", "1", "-o", "{tmp}"), ("directory",)),
@@ -331,6 +333,12 @@ def test_help_names_every_command() -> None:
     for command in ("run", "chat", "devices", "doctor", "inspect", "tokenize", "diff", "bench", "logits", "shaders"):
         assert command in result.stdout
         assert vkllm(command, "--help").code == 0
+
+
+def test_the_documentation_names_every_command_and_no_other() -> None:
+    text = Path(__file__).parents[2].joinpath("docs", "cli.md").read_text()
+    rows = {line.split("`")[1].split()[0] for line in text.split("## For scripts")[0].splitlines() if line.startswith("| `")}
+    assert rows == {c.callback.__name__ for c in app.registered_commands if c.callback}
 
 
 # -- real processes -------------------------------------------------------------------------------------------------------------
