@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -420,7 +421,10 @@ def shaders(out: Annotated[Path, typer.Argument(help="Folder for .spv, .spvasm, 
 
 
 def main() -> None:
-    """Entry point of the `vkllm` script and of `python -m vkllm`."""
+    """Entry point of the `vkllm` script and of `python -m vkllm`. What a terminal cannot show or say becomes a replacement."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app(prog_name="vkllm")
 
 

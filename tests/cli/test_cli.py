@@ -365,6 +365,16 @@ def test_a_process_reads_bytes_and_survives_a_closed_pipe() -> None:
     assert (done.stdout, done.stderr) == (b"{", b"")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+def test_a_terminal_of_any_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    done = process("chat", "tiny", "--temp", "0", stdin=b"w\xf6rld\n" + QUESTION.encode() + b"\n")
+    assert done.returncode == 0
+    assert b"Paris" in done.stdout
+    done = process("run", "tiny", "-p", "w\u00f6rld", "-n", "0")
+    assert (done.returncode, done.stdout[-4:]) == (0, b"rld\n")
+
+
 def test_the_script_is_installed() -> None:
     script = Path(sys.executable).with_name("vkllm")
     if not script.exists():
