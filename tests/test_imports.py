@@ -17,8 +17,8 @@ STAGES = (
     *("errors", "debug", "config", "files", "tokenizer", "chat"),  # the file and the text
     *("vk",),  # devices; the only part that loads the native module
     *("plan", "models", "weights", "rope", "packing", "kernel_cache", "schedule", "kernels"),  # the plan, and what it becomes
-    *("kv_cache", "scheduler", "sampler", "homeostasis", "sensors"),  # policies
-    *("chain", "reference", "engine", "batching", "diff", "benchmark", "doctor", "serve", "cli", "__main__"),
+    *("kv_cache", "scheduler", "sampler", "homeostasis", "sensors", "simulate"),  # policies
+    *("chain", "reference", "engine", "batching", "diff", "benchmark", "doctor", "serve", "homeostasis_cli", "cli", "__main__"),
 )
 PURE = ("kv_cache", "scheduler", "sampler", "homeostasis", "plan", "models", "config")  # no Vulkan, no clock
 THIRD_PARTY = {
