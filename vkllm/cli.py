@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import sys
+from collections import Counter
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
@@ -29,6 +30,7 @@ from vkllm_codegen.errors import HintedError
 if TYPE_CHECKING:
     from vkllm.chat import Conversation
     from vkllm.engine import LLMEngine
+    from vkllm.files.gguf import GGUFFile
     from vkllm.sampler import SamplingParams
     from vkllm.vk import DeviceInfo
 
@@ -100,7 +102,18 @@ def runtime(device: str | None, n_ctx: int | None, activations: str, *, progress
 
 def print_json(value: object) -> None:
     """One JSON value on standard output."""
-    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    typer.echo(json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False))
+
+
+def jsonable(value: object) -> object:
+    """A value in JSON's types: bytes as hexadecimal, sets sorted, NaN and infinity, which JSON lacks, as null."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | frozenset):
+        return [jsonable(item) for item in (sorted(value) if isinstance(value, frozenset) else value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.hex() if isinstance(value, bytes) else value
 
 
 @app.command()
@@ -238,11 +251,10 @@ def devices(as_json: JsonOption = False) -> None:
 
 
 def described(device: DeviceInfo) -> dict[str, object]:
-    """A device in JSON's types: bytes as hexadecimal, sets as sorted lists."""
-    fields = asdict(device)
-    limits = fields.pop("limits")
-    fields |= {"features": sorted(limits["features"]), "subgroup_size": limits["subgroup_size"]}
-    return {name: value.hex() if isinstance(value, bytes) else value for name, value in fields.items()}
+    """What is worth knowing of a device."""
+    limits = device.limits
+    known = {name: value for name, value in asdict(device).items() if name not in ("limits", "cache_uuid", "queue_family")}
+    return known | {"features": limits.features, "subgroup_size": limits.subgroup_size}
 
 
 @app.command()
@@ -268,38 +280,47 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a model file holds, without loading it."""
+    """Show what a model file holds, without loading it, and whether vkllm can run it."""
     from vkllm.files import resolve_model
     from vkllm.files.gguf import GGUFFile
 
     with GGUFFile.open(resolve_model(model)) as file:
-        config = asdict(ModelConfig.from_gguf(file))
-        types: dict[str, int] = {}
+        metadata = {k: v for k, v in file.metadata.items() if isinstance(v, str | int | float) and "chat_template" not in k}
+        config, problem = understood(file)
+        rows = [{"name": t.name, "shape": list(t.shape), "type": t.type, "nbytes": t.nbytes} for t in file.tensors.values()]
+        types = dict(Counter(t.type for t in file.tensors.values()))
+        n_parameter = sum(math.prod(t.shape) for t in file.tensors.values())
+        figures = {"version": file.version, "n_parameter": n_parameter, "types": types, "problem": problem}
+    if as_json:
+        print_json({"config": config, **figures, "metadata": metadata, "tensors": rows if tensors else len(rows)})
+        return
+    console = Console()
+    table = Table("key", "value", title=escape(model))
+    for key, value in ((config or metadata) | figures).items():
+        table.add_row(escape(key), escape(f"{value:,}" if key == "n_parameter" else str(value)))
+    console.print(table)
+    if tensors:
+        listing = Table("tensor", "shape", "type", "bytes")
         for t in file.tensors.values():
-            types[t.type] = types.get(t.type, 0) + 1
-        n_parameter = sum(int(np.prod(t.shape)) for t in file.tensors.values())
-        if as_json:
-            rows = [{"name": t.name, "shape": list(t.shape), "type": t.type, "nbytes": t.nbytes} for t in file.tensors.values()]
-            print_json(
-                {
-                    "config": config,
-                    "version": file.version,
-                    "n_parameter": n_parameter,
-                    "types": types,
-                    "tensors": rows if tensors else len(rows),
-                }
-            )
-            return
-        console = Console()
-        table = Table("key", "value", title=escape(model))
-        for key, value in (config | {"parameters": f"{n_parameter:,}", "tensor types": types}).items():
-            table.add_row(key, escape(str(value)))
-        console.print(table)
-        if tensors:
-            listing = Table("tensor", "shape", "type", "bytes")
-            for t in file.tensors.values():
-                listing.add_row(escape(t.name), " × ".join(map(str, t.shape)), t.type, f"{t.nbytes:,}")
-            console.print(listing)
+            listing.add_row(escape(t.name), " × ".join(map(str, t.shape)), t.type, f"{t.nbytes:,}")
+        console.print(listing)
+
+
+def understood(file: GGUFFile) -> tuple[dict[str, object] | None, str | None]:
+    """The configuration that a file's metadata gives, and why the model cannot be run; None where there is no such thing."""
+    from vkllm.models import build_graph
+    from vkllm.tokenizer import Tokenizer
+    from vkllm.weights import check_weights
+
+    config = None
+    try:
+        parsed = ModelConfig.from_gguf(file)
+        config = asdict(parsed)
+        check_weights(build_graph(parsed, file.tensors), file)
+        Tokenizer.from_gguf(file.metadata)
+    except HintedError as error:
+        return config, error.message
+    return config, None
 
 
 @app.command()
@@ -339,8 +360,7 @@ def diff(
         found = compare(engine, engine.tokenizer.encode(prompt), limit)
     first = found.first_divergence
     if as_json:
-        ops = [{k: None if v in (math.inf,) or v != v else v for k, v in asdict(d).items()} for d in found.ops]
-        print_json({"ops": ops, "limit": limit, "first_divergence": first.op if first else None})
+        print_json({"ops": [asdict(d) for d in found.ops], "limit": limit, "first_divergence": first.op if first else None})
     else:
         table = Table("op", "NMSE", "max |difference|")
         for d in found.ops:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from command import Outcome, vkllm
 
-from vkllm.cli import app
+from vkllm.cli import app, jsonable
 from vkllm.config import ModelConfig
 from vkllm.diff import nmse
 from vkllm.files import resolve_model
@@ -194,6 +194,27 @@ def test_inspect() -> None:
     table = vkllm("inspect", "tiny", "--tensors")
     assert table.code == 0
     assert "blk.0.attn_q.weight" in table.stdout
+
+
+def test_inspect_says_why_a_model_cannot_run(tmp_path: Path) -> None:
+    model = resolve_model("tiny").read_bytes()
+    path = tmp_path / "other.gguf"
+    path.write_bytes(model.replace(b"blk.3.ffn_up.weight", b"blk.3.ffn_xx.weight"))
+    found = json_of("inspect", str(path), "--json")
+    assert found["config"]["n_layer"] == 4
+    assert "blk.3.ffn_up.weight is missing" in found["problem"]
+    path.write_bytes(model.replace(b"qwen2.block_count", b"qwen2.block_xxxxx"))
+    found = json_of("inspect", str(path), "--json")
+    assert found["config"] is None
+    assert "block_count" in found["problem"]
+    assert found["metadata"]["general.architecture"] == "qwen2"
+    assert "block_count" in vkllm("inspect", str(path)).stdout
+    assert json_of("inspect", "tiny", "--json")["problem"] is None
+
+
+def test_json_of_what_json_lacks() -> None:
+    value = {"a": [float("nan"), (1.5, float("-inf"))], "b": b"\x01\xff", "c": frozenset({"y", "x"}), "d": None}
+    assert jsonable(value) == {"a": [None, [1.5, None]], "b": "01ff", "c": ["x", "y"], "d": None}
 
 
 def test_shaders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
