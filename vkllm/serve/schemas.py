@@ -1,0 +1,186 @@
+"""OpenAI's requests as strict types: a field that we do not honour is an error that names it, never dropped."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vkllm.sampler import SamplingParams
+
+Probability = Annotated[float, Field(gt=0.0, le=1.0)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+StopText = Annotated[str, Field(min_length=1, max_length=1024)]
+StopTexts = Annotated[list[StopText], Field(max_length=16)]
+Positive = Annotated[int, Field(ge=1)]
+Ids = Annotated[list[int], Field(min_length=1)]
+MAX_CHOICES = 64
+T = TypeVar("T")
+
+
+class Strict(BaseModel):
+    """Unknown fields and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TextPart(Strict):
+    """A piece of a message. Images, audio and files are refused by their type."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates know it: text content, and "system" for "developer"."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class JsonSchema(Strict):
+    name: str = "schema"
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None  # the output always follows the schema
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to type json_schema, which needs it")
+        return self
+
+    def schema_of_text(self) -> dict[str, Any] | None:
+        """The JSON schema that the text must follow; None where it is free."""
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
+
+
+class Generation(Strict):
+    """What chat and plain completions have in common."""
+
+    model: str
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
+    stop: StopText | StopTexts | None = None
+    seed: int | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = 1.0
+    top_p: Probability | None = 1.0
+    top_k: Annotated[int, Field(ge=0)] | None = 0
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] | None = 1.0
+    presence_penalty: Penalty | None = 0.0
+    frequency_penalty: Penalty | None = 0.0
+    logit_bias: dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]] | None = None
+    max_tokens: Positive | None = None
+    response_format: ResponseFormat | None = None
+    user: str | None = None  # whose request it is; nothing depends on it
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only for stream: true")
+        if any(not key.isdecimal() for key in self.logit_bias or {}):
+            raise ValueError("logit_bias maps token ids, written as strings, to numbers")
+        return self
+
+    @property
+    def n_choice(self) -> int:
+        return self.n or 1
+
+    def sampling(self, choice: int, *, logprobs: int | None, max_tokens: int | None) -> SamplingParams:
+        """The engine's parameters for one choice: with a seed, each choice has its own."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return SamplingParams(
+            temperature=_given(self.temperature, 1.0),
+            top_k=_given(self.top_k, 0),
+            top_p=_given(self.top_p, 1.0),
+            min_p=_given(self.min_p, 0.0),
+            repetition_penalty=_given(self.repetition_penalty, 1.0),
+            presence_penalty=_given(self.presence_penalty, 0.0),
+            frequency_penalty=_given(self.frequency_penalty, 0.0),
+            penalty_last_n=-1,
+            logit_bias={int(i): b for i, b in (self.logit_bias or {}).items()},
+            seed=None if self.seed is None else (self.seed + choice) % (1 << 64),
+            max_tokens=max_tokens,
+            stop=stop,
+            logprobs=logprobs,
+        )
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+class ChatRequest(Generation):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_completion_tokens: Positive | None = None
+
+    @model_validator(mode="after")
+    def _chat_agrees(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("give max_tokens or max_completion_tokens, not both")
+        return self
+
+    def params(self, choice: int) -> SamplingParams:
+        """Without a limit: up to the context's end."""
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.sampling(choice, logprobs=logprobs, max_tokens=self.max_completion_tokens or self.max_tokens)
+
+
+class CompletionRequest(Generation):
+    """POST /v1/completions."""
+
+    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One prompt each: text or ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [[i for i in self.prompt if isinstance(i, int)]]
+        return [p for p in self.prompt if not isinstance(p, int)]
+
+    def params(self, choice: int) -> SamplingParams:
+        """Without a limit: OpenAI's 16 tokens."""
+        return self.sampling(choice, logprobs=self.logprobs, max_tokens=self.max_tokens or 16)
+
+
+class TokenizeRequest(Strict):
+    """POST /tokenize, as llama-server has it."""
+
+    content: str
+    add_special: bool = False
+    parse_special: bool = True
+    with_pieces: bool = False
+
+
+class DetokenizeRequest(Strict):
+    """POST /detokenize."""
+
+    tokens: list[int]
