@@ -25,6 +25,7 @@ from typer.core import TyperGroup
 
 from vkllm.config import Activations, ModelConfig, RuntimeConfig
 from vkllm.errors import RequestError
+from vkllm.serve.command import serve
 from vkllm_codegen.errors import HintedError
 
 if TYPE_CHECKING:
@@ -438,6 +439,9 @@ def shaders(out: Annotated[Path, typer.Argument(help="Folder for .spv, .spvasm, 
 
     count = export(out)
     err.print(f"{count} kernels written to {out}")
+
+
+app.command()(serve)
 
 
 def main() -> None:
