@@ -52,25 +52,25 @@ class Lowering:
     def __init__(
         self, graph: Graph, file: GGUFFile, device: DeviceInfo, runtime: RuntimeConfig, n_ctx: int, n_block: int
     ) -> None:
-        c, lanes = graph.config, device.limits.subgroup_size
+        c, limits = graph.config, device.limits
+        lane_row = device.kind == "cpu" if runtime.schedule == "auto" else runtime.schedule == "lane_row"
         self.graph, self.runtime, self.n_ctx, self.n_block = graph, runtime, n_ctx, n_block
         self.capacity = max(runtime.prefill_chunk, runtime.n_seq)
-        lane_row = device.kind == "cpu" if runtime.schedule == "auto" else runtime.schedule == "lane_row"
-        self.lanes = lanes
-        self.layout = Layout("lane_row", lanes=lanes) if lane_row else Layout("lane_chunk", lanes=1)
+        self.lanes = limits.subgroup_size
+        self.layout = Layout("lane_row", lanes=self.lanes) if lane_row else Layout("lane_chunk", lanes=1)
+        self._limits, self._rate = limits, RATES.get(device.kind, DISCRETE_RATE)
+        self._kernels = KernelCache()
+
         self._types = {part.weight: file.tensors[part.weight].type for part in graph.parts()}
         n_byte = sum(file.tensors[name].nbytes for name in self._types)
         self.activations = _activations(runtime.activations, lane_row, n_byte)
-        self._kernels = KernelCache()
-        self._rate = RATES.get(device.kind, DISCRETE_RATE)
-        group = c.n_head // c.n_kv_head
-        attention = AttentionSpec(c.head_dim, group, runtime.block_size, lanes, schedule=self.layout.kind)
-        limits = device.limits
-        self._attention = attention if lane_row else attention.fitted(limits.max_shared_bytes, limits.max_workgroup_invocations)
-        self.n_split = 1 if lane_row else attention.n_split(n_ctx)
-        self._sample = SampleSpec(lanes=lanes)
         self._by_op = {op.name: tuple(self._matrices_of(op)) for op in graph.ops if isinstance(op, Embed | Linear | Qkv)}
         self.matrices: tuple[Matrix, ...] = tuple({m.name: m for ms in self._by_op.values() for m in ms}.values())
+
+        spec = AttentionSpec(c.head_dim, c.n_head // c.n_kv_head, runtime.block_size, self.lanes, schedule=self.layout.kind)
+        self._attention = spec if lane_row else spec.fitted(limits.max_shared_bytes, limits.max_workgroup_invocations)
+        self.n_split = 1 if lane_row else spec.n_split(n_ctx)
+        self._sample = SampleSpec(lanes=self.lanes)
 
     # -- buffers --------------------------------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class Lowering:
         push = {"n_chunk": FORMATS[matrix.fmt].n_chunk(matrix.n_col), "x_stride": self.stride(op.y) // 4}
         buffers = {"w": matrix.name, "x": op.y, "params": "params"}
         groups = embed_groups(matrix.fmt, matrix.n_col, n_row)
-        return self._make(op, self._kernels.get(embed, matrix.fmt, self.layout), buffers, push, groups, 20.0)
+        return self._make(op, self._kernels.get(embed, matrix.fmt, self.layout, self._large(matrix)), buffers, push, groups, 20.0)
 
     def _matmul(
         self,
@@ -202,10 +202,15 @@ class Lowering:
             epilogue=epilogue,  # type: ignore[arg-type]
             activations=self.activations,
             gather=gather,
+            large=self._large(matrix),
             rope_pairing=self.graph.config.rope_pairing if epilogue == "qkv" else "interleaved",
             head_dim=self.graph.config.head_dim if epilogue == "qkv" else 0,
             subgroup=self.lanes,
         )
+
+    def _large(self, matrix: Matrix) -> bool:
+        """Must the GPU schedule read this matrix through a texel view, because no storage buffer reaches that far?"""
+        return self.layout.kind == "lane_chunk" and matrix.nbytes > self._limits.max_storage_buffer_range
 
     def _linear(self, op: Linear, n_row: int, n_out: int) -> Dispatch:
         (matrix,) = self._by_op[op.name]

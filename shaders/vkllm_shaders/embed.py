@@ -17,16 +17,16 @@ def groups(fmt: str, n_col: int, n_token: int) -> tuple[int, int, int]:
 
 
 @cache
-def embed(fmt: str, layout: Layout) -> Kernel:
+def embed(fmt: str, layout: Layout, large: bool = False) -> Kernel:
     """x[t, :] = row params[t] (the token id) of a matrix packed with row_order "store". Dispatch: groups(fmt, n_col, n_token).
 
-    Bindings: w (u32x4; texel in lane_row, storage in lane_chunk), params (u32), x (f32x4 [n_token, x_stride]).
+    Bindings: w (u32x4; texel in lane_row or when `large`, storage in lane_chunk), params (u32), x (f32x4 [n_token, x_stride]).
     Push: n_chunk (chunks a row), x_stride (f32x4 a row of x). Columns past n_col, up to the chunk's end or x_stride, become zero.
     A token id beyond the matrix reads outside of it: check ids on the host.
     """
     f, rows, lanes = format_of(fmt), layout.rows, layout.lanes
     n_texel, n_head, n_body = f.n_texel(rows), f.n_head(rows), f.n_body(rows)
-    bulk = texel if layout.kind == "lane_row" else read
+    bulk = texel if large or layout.kind == "lane_row" else read
 
     @kernel(
         w=bulk(u32x4),
@@ -34,7 +34,7 @@ def embed(fmt: str, layout: Layout) -> Kernel:
         x=write(f32x4),
         push={"n_chunk": u32, "x_stride": u32},
         local_size=WORKGROUP,
-        name=f"embed_{f.name.lower()}_{layout.kind}_s{lanes}_r{rows}",
+        name=f"embed_{f.name.lower()}_{layout.kind}_s{lanes}_r{rows}" + ("_large" if large else ""),
     )
     def embed_kernel(b: Block, w: Buffer, params: Buffer, x: Buffer, *, n_chunk: Value, x_stride: Value) -> None:
         at, t = b.global_id(0), b.workgroup_id(1)

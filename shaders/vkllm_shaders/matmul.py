@@ -67,7 +67,8 @@ class MatmulSpec:
     """What one kernel does; every field makes a new module.
 
     fmt: ggml type; layout: how the weights are packed; tile: tokens a workgroup; norm, bias, epilogue: what is fused;
-    activations: "f32" or "int8"; gather: x row i is params[5 T + i]; rope_pairing, head_dim: for "qkv";
+    activations: "f32" or "int8"; gather: x row i is params[5 T + i]; large: w comes through a texel view, which
+    reaches further than a storage buffer (lane_row always does so); rope_pairing, head_dim: for "qkv";
     subgroup, subgroups: size and number of subgroups a workgroup of lane_chunk (lane_row: layout.lanes, one).
     """
 
@@ -79,6 +80,7 @@ class MatmulSpec:
     epilogue: Epilogue = "store"
     activations: Literal["f32", "int8"] = "f32"
     gather: bool = False
+    large: bool = False
     rope_pairing: str = "interleaved"
     head_dim: int = 0
     subgroup: int = 32
@@ -108,7 +110,7 @@ class MatmulSpec:
     def name(self) -> str:
         parts = ["matmul", self.fmt.lower(), self.layout.kind, f"s{self.lanes}", f"r{self.layout.rows}", f"t{self.tile}"]
         parts += [] if self.on_lavapipe else [f"n{self.subgroups}"]
-        parts += [word for word, used in (("norm", self.norm), ("bias", self.bias), ("gather", self.gather)) if used]
+        parts += [word for word in ("norm", "bias", "gather", "large") if getattr(self, word)]
         parts += [self.epilogue] + ([f"{self.rope_pairing}{self.head_dim}"] if self.epilogue == "qkv" else [])
         return "_".join(parts + (["int8"] if self.activations == "int8" else []))
 
@@ -129,7 +131,7 @@ def push_constants(spec: MatmulSpec) -> dict[str, DType]:
 
 def _bindings(spec: MatmulSpec) -> dict[str, Binding]:
     bulk = texel if spec.on_lavapipe else read
-    found: dict[str, Binding] = {"w": bulk(u32x4), "x": bulk(f32x4)}
+    found: dict[str, Binding] = {"w": (texel if spec.large else bulk)(u32x4), "x": bulk(f32x4)}
     found |= {"norm_w": bulk(f32x4)} if spec.norm else {}
     found |= {"bias": read(f32)} if spec.bias else {}
     if spec.epilogue == "qkv":

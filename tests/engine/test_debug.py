@@ -17,7 +17,12 @@ from vkllm import LLMEngine, RuntimeConfig, SamplingParams, debug
     ],
 )
 def test_each_level_shows_more(
-    device: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], level: int, shown: list[str], hidden: list[str]
+    device: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    level: int,
+    shown: list[str],
+    hidden: list[str],
 ) -> None:
     monkeypatch.setattr(debug, "LEVEL", level)
     with LLMEngine.init_model("tiny", RuntimeConfig(n_ctx=64)) as engine:

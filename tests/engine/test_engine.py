@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,21 @@ def test_the_schedule_for_gpus_gives_the_same_numbers(engine: LLMEngine, activat
     with LLMEngine.init_model("tiny", runtime) as gpu:
         for values in (gpu.logits(ids), gpu.logits(ids[:5], step=True)):
             assert nmse(values, expected[: len(values)]) < (1e-6 if activations == "f32" else 1e-2)
+
+
+def test_a_matrix_larger_than_a_storage_buffer_may_be(engine: LLMEngine) -> None:
+    """On the GPU schedule it is read through a texel view; here the embedding and head of `tiny` are made too large by decree."""
+    expected = engine.generate_result("Once upon a time", GREEDY).token_ids
+    with GGUFFile.open(resolve_model("tiny")) as file, open_device() as device:
+        device.limits = replace(device.limits, max_storage_buffer_range=550_000)
+        device.info = replace(device.info, limits=device.limits)
+        small = LLMEngine(file, device, RuntimeConfig(n_ctx=256, schedule="lane_chunk"))
+        dispatches = small.chain._decode_dispatches()
+        assert {d.op for d in dispatches if d.kernel.name.startswith(("embed", "matmul")) and "large" in d.kernel.name} == {
+            "token_embd",
+            "output",
+        }
+        assert small.generate_result("Once upon a time", GREEDY).token_ids == expected
 
 
 def test_memory_that_is_not_mapped_gives_the_same_tokens(engine: LLMEngine) -> None:
