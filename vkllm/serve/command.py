@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import threading
 from dataclasses import dataclass
@@ -51,11 +52,15 @@ class Server:
         self._thread: threading.Thread | None = None
 
     def run(self) -> None:
-        """Serve in this thread."""
+        """Serve in this thread. In the main thread SIGINT and SIGTERM stop it, and `run` returns."""
+        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        before = [signal.signal(s, lambda *_: None) for s in signals]  # uvicorn raises them again when it has stopped
         try:
             self._server.run(sockets=[self._socket])
         finally:
             self._socket.close()
+            for number, handler in zip(signals, before, strict=True):
+                signal.signal(number, handler)
 
     def start(self) -> None:
         """Serve in a thread of its own."""
