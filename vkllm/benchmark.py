@@ -61,16 +61,15 @@ def benchmark(model: str, runtime: RuntimeConfig, n_prompt: int, n_generate: int
     `ttft_s` is the time from the call that loads the model to the first token of a one-token prompt.
     Raises: RequestError: more tokens than the context holds; otherwise as LLMEngine.init_model.
     """
-    runtime = replace(runtime, n_ctx=_context(model, runtime, max(n_prompt, n_generate + 1) + 1))
+    runtime = replace(runtime, n_ctx=_context(model, runtime, max(n_prompt, n_generate + 2)))
     started = time.perf_counter()
     with LLMEngine.init_model(model, runtime) as engine:
         rng = np.random.default_rng(1)
         prompt = [int(i) for i in rng.integers(0, engine.config.n_vocab, max(n_prompt, 1))]
-        greedy = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
-        engine.generate_result(prompt[:1], greedy)
+        engine.prefill(prompt[:1])
         ttft_s = time.perf_counter() - started
         wall, (busy0, own0) = time.perf_counter(), cpu_ticks()
-        pp = [_prefill_rate(engine, prompt, greedy) for _ in range(repeat + 1)][1:] if n_prompt else [0.0]
+        pp = [_prefill_rate(engine, prompt) for _ in range(repeat + 1)][1:] if n_prompt else [0.0]
         decode = SamplingParams(temperature=0.0, max_tokens=n_generate + 1, ignore_eos=True)
         tg = [engine.generate_result(prompt[:1], decode).timings.decode_tok_s for _ in range(repeat)] if n_generate else [0.0]
         wall, (busy1, own1) = time.perf_counter() - wall, cpu_ticks()
@@ -106,7 +105,9 @@ def _context(model: str, runtime: RuntimeConfig, need: int) -> int:
     return n_ctx
 
 
-def _prefill_rate(engine: LLMEngine, prompt: list[int], greedy: SamplingParams) -> float:
+def _prefill_rate(engine: LLMEngine, prompt: list[int]) -> float:
     """Tokens per second of one prefill from an empty cache."""
     engine.forget()
-    return engine.generate_result(prompt, greedy).timings.prompt_tok_s
+    started = time.perf_counter()
+    engine.prefill(prompt)
+    return len(prompt) / (time.perf_counter() - started)

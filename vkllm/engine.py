@@ -186,6 +186,14 @@ class LLMEngine:
         )
         return GenerationResult(text, tuple(ids), reason, Usage(n_prompt, len(ids), cached), timings)
 
+    def prefill(self, token_ids: Sequence[int]) -> int:
+        """Put a prompt into the cache, which keeps what it already holds of it, and return the greedy token after it.
+
+        Raises: RequestError, ContextTooLongError.
+        """
+        self.check_prompt(token_ids)
+        return self._first_token(list(token_ids), Sampler(SamplingParams(temperature=0.0)))[0]
+
     def logits(self, token_ids: Sequence[int], *, step: bool = False) -> NDArray[np.float32]:
         """Logits of every position, f32 [n_token, n_vocab]: from a prefill in chunks, or token by token (`step`)."""
         self.check_prompt(token_ids)
