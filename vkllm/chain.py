@@ -115,7 +115,6 @@ class ModelChain:
         debug.log(debug.DEVICE, f"{device.info.name}, {self._lower.layout.kind}, activations {self.activations}")
         self._check_memory()
         self._buffers: dict[str, Buffer] = {}
-        self._pipelines: dict[str, Pipeline] = {}
         self._recorded: dict[tuple[int, int, bool], Recorded] = {}
         for name, nbytes in self._lower.buffer_bytes().items():
             self._buffers[name] = self._zeroed(name, nbytes)
@@ -123,6 +122,8 @@ class ModelChain:
 
     def close(self) -> None:
         """Free all device memory of the model."""
+        for recorded in self._recorded.values():
+            recorded.params.free()
         self._recorded.clear()
         for buffer in self._buffers.values():
             buffer.free()
