@@ -116,8 +116,9 @@ class ModelChain:
         self._check_memory()
         self._buffers: dict[str, Buffer] = {}
         self._recorded: dict[tuple[int, int, bool], Recorded] = {}
+        padded = set(graph.buffers) - {graph.logits}  # their padding is read, so it must not hold NaN
         for name, nbytes in self._lower.buffer_bytes().items():
-            self._buffers[name] = self._zeroed(name, nbytes)
+            self._buffers[name] = self._zeroed(name, nbytes) if name in padded else self._buffer(name, nbytes)
         self._load(file)
 
     def close(self) -> None:
@@ -271,9 +272,11 @@ class ModelChain:
             features=kernel.features,
         )
 
+    def _buffer(self, name: str, nbytes: int) -> Buffer:
+        return self.device.buffer(nbytes, host=name in ("params", "block_table", "argmax"), name=name)
+
     def _zeroed(self, name: str, nbytes: int) -> Buffer:
-        """A buffer of zeros: padding columns are read, so they must not hold NaN."""
-        buffer = self.device.buffer(nbytes, host=name in ("params", "block_table", "argmax"), name=name)
+        buffer = self._buffer(name, nbytes)
         buffer.write(np.zeros(nbytes, np.uint8))
         return buffer
 
