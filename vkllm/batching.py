@@ -33,6 +33,7 @@ from vkllm.sampler import Logits, Sampler, SamplingParams, StopMatcher, log_prob
 from vkllm.scheduler import Chunk, Scheduler
 from vkllm.scheduler import Sequence as Row
 from vkllm.tokenizer import StreamDecoder
+from vkllm.weights import vector
 
 MASKED = np.float32(-1e30)
 """The logit of a token that a constraint forbids: so low that it is never drawn, but finite, as the sampler wants it."""
@@ -77,12 +78,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class BatchEvent:
-    """What one step gave a request. `text` is final; the last event has a `result` or an `error`."""
+    """What one step gave a request. `text` is final; the last event has a `result` or an `error`, and of an embedding the
+    mean of the normed hidden states, f32 [n_embd]."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     result: GenerationResult | None = None
+    embedding: NDArray[np.float32] | None = None
     error: Exception | None = None
 
     @property
@@ -144,6 +147,8 @@ class _Stream:
     sampler: Sampler
     stop: StopMatcher
     ends: frozenset[int]
+    embeds: bool = False
+    hidden_sum: NDArray[np.float64] | None = None
     row: Row | None = None
     ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
@@ -198,6 +203,7 @@ class BatchEngine:
         self.scheduler = Scheduler(self.pool, n_row=engine.chain.capacity, n_seq=engine.runtime.n_seq, n_mixed=n_mixed)
         self.n_ctx = min(engine.n_ctx, self.scheduler.n_token_max)
         self.stats = BatchStats()
+        self._norm = vector(engine.file, "output_norm.weight").astype(np.float64)
         self.failure: Exception | None = None
         self._observe = observe or (lambda kind, seconds: None)
         self._ids = count()
@@ -229,9 +235,11 @@ class BatchEngine:
         params: SamplingParams | None = None,
         *,
         constraint: Constraint | None = None,
+        embed: bool = False,
         listener: Listener | None = None,
     ) -> Handle:
-        """Queue a request. `listener` gets the events in the worker thread and must be quick; without one they are queued.
+        """Queue a request. `embed`: no text, but an embedding of the prompt. `listener` gets the events in the worker thread and
+        must be quick; without one they are queued.
 
         Raises: RequestError, ContextTooLongError: as `LLMEngine.stream`; CapacityError: the queue is full, or the engine has
         failed or closes.
@@ -255,6 +263,7 @@ class BatchEngine:
             Sampler(params),
             StopMatcher(params.stop),
             frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.tokenizer.eos_ids),
+            embed,
         )
         if self.pacer is not None and self.pacer.batch_limit == 0:
             hot = ThermalLimitError("the device is too hot to take work", hint="try again later")
@@ -319,10 +328,10 @@ class BatchEngine:
         self._streams[stream.handle] = stream
         if self.failure is not None:
             self._end(stream, BatchEvent(error=CapacityError(f"the engine is down: {self.failure}")), "error")
-        elif stream.n_max == 0:
+        elif stream.n_max == 0 and not stream.embeds:
             self._finish(stream, "length", "")
         else:
-            stream.row = self.scheduler.add(stream.prompt_ids)
+            stream.row = self.scheduler.add(stream.prompt_ids, reuse=not stream.embeds)
             self._by_row[stream.row] = stream
             self.stats.prompt_tokens += len(stream.prompt_ids)
 
@@ -340,13 +349,30 @@ class BatchEngine:
         self.scheduler.computed(chunks)
         self.stats.steps += 1
         self.stats.rows += sum(c.n_token for c in chunks)
+        self._embed(chunks)
         streams = [self._by_row[c.sequence] for c in chunks if c.samples]
         logits = output.logits() if any(s.needs_logits for s in streams) else None
         for i, stream in enumerate(streams):
             try:
+                if stream.embeds:
+                    assert stream.hidden_sum is not None
+                    self._finish(stream, "stop", "", embedding=(stream.hidden_sum / len(stream.prompt_ids)).astype(np.float32))
+                    continue
                 self._advance(stream, int(output.tokens[i]), None if logits is None else logits[i])
             except VkllmError as error:  # impossible sampling parameters, a broken grammar
                 self._end(stream, BatchEvent(error=error), "error")
+
+    def _embed(self, chunks: list[Chunk]) -> None:
+        """Add up the normed hidden states of the prompts that want an embedding."""
+        first, ends = 0, np.cumsum([c.n_token for c in chunks])
+        for chunk, end in zip(chunks, ends, strict=True):
+            stream = self._by_row[chunk.sequence]
+            if stream.embeds:
+                hidden = self.engine.chain.hidden(int(ends[-1]))[first:end].astype(np.float64)
+                scale = np.sqrt((hidden**2).mean(axis=1, keepdims=True) + self.engine.config.rms_norm_eps)
+                before = 0.0 if chunk.start == 0 or stream.hidden_sum is None else stream.hidden_sum
+                stream.hidden_sum = before + (hidden / scale * self._norm).sum(axis=0)
+            first = int(end)
 
     def _forward(self, chunks: list[Chunk]) -> Output:
         spans = (
@@ -395,7 +421,13 @@ class BatchEngine:
         return token, (TokenLogprob(token, value, tuple(top)),)
 
     def _finish(
-        self, stream: _Stream, reason: str, text: str, ids: tuple[int, ...] = (), logprobs: tuple[TokenLogprob, ...] = ()
+        self,
+        stream: _Stream,
+        reason: str,
+        text: str,
+        ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+        embedding: NDArray[np.float32] | None = None,
     ) -> None:
         """The regular end of a stream."""
         if not stream.stop.stopped and stream.decoder is not None:
@@ -413,7 +445,7 @@ class BatchEngine:
         )
         usage = Usage(n_prompt, len(stream.ids), n_cached)
         result = GenerationResult("".join(stream.pieces), tuple(stream.ids), reason, usage, timings)
-        self._end(stream, BatchEvent(text, ids, logprobs, result=result), reason)
+        self._end(stream, BatchEvent(text, ids, logprobs, result, embedding), reason)
 
     def _end(self, stream: _Stream, event: BatchEvent, reason: str) -> None:
         """Any end of a stream: its blocks are free before its client knows."""

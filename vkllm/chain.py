@@ -177,6 +177,10 @@ class ModelChain:
             us = max(after - before, 1e-3)
             debug.log(debug.DISPATCHES, f"{us:9.1f} µs {nbytes / us / 1e3:7.2f} GB/s  {step.op}: {step.kernel.name}")
 
+    def hidden(self, n_row: int) -> NDArray[np.float32]:
+        """The residual stream after the last layer, of the last step's first rows: f32 [n_row, n_embd]."""
+        return self._rows_of(self.graph.residual, n_row)
+
     def _rows_of(self, name: str, n_row: int) -> NDArray[np.float32]:
         """The first rows of a row buffer, without the padding of its columns."""
         stride = self._lower.stride(name)

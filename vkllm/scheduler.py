@@ -36,6 +36,7 @@ class Sequence:
     n_cached: int = 0  # prompt tokens that were found in the cache when it was first admitted
     n_preempted: int = 0
     admitted: bool = False
+    reuse: bool = True  # may it begin with blocks that another has computed?
     last_step: int = -1
     names: list[bytes] = field(default_factory=list)
 
@@ -75,15 +76,15 @@ class Scheduler:
         """The longest sequence that the pool can hold."""
         return self.pool.n_block * self.pool.block_size
 
-    def add(self, token_ids: Iterable[int]) -> Sequence:
-        """Queue a sequence.
+    def add(self, token_ids: Iterable[int], *, reuse: bool = True) -> Sequence:
+        """Queue a sequence. Without `reuse` every token of it is computed.
 
         Raises: CacheFullError: its tokens will never fit.
         """
         ids = list(token_ids)
         if len(ids) > self.n_token_max:
             raise CacheFullError(f"{len(ids)} tokens do not fit the cache of {self.n_token_max}", hint="raise the cache's size")
-        sequence = Sequence(ids, BlockTable(self.pool.block_size), next(self._tickets))
+        sequence = Sequence(ids, BlockTable(self.pool.block_size), next(self._tickets), reuse=reuse)
         self.waiting.append(sequence)
         return sequence
 
@@ -167,7 +168,9 @@ class Scheduler:
             if len(self.running) >= self.n_seq:
                 return
             s.names = block_names(s.token_ids, size, s.names)
-            names = s.names[: (len(s.token_ids) - 1) // size]  # the last token is computed in any case: it gives the logits
+            names = (
+                s.names[: (len(s.token_ids) - 1) // size] if s.reuse else []
+            )  # the last token is computed in any case: it gives the logits
             shared = pool.find(names)
             if len(shared) < len(names) and names[len(shared)] in coming:
                 continue

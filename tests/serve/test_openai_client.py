@@ -6,7 +6,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+
+from vkllm.reference import ReferenceExecutor
+from vkllm.weights import vector
 
 openai = pytest.importorskip("openai", reason="openai is not installed")
 
@@ -67,3 +71,23 @@ def test_completions_models_and_errors(client: Any, server: Any) -> None:
     stranger = client.with_options(api_key="wrong")
     with pytest.raises(openai.AuthenticationError):
         stranger.models.list()
+
+
+def test_embeddings(client: Any, single: Any) -> None:
+    texts = ["A small dog", "A small dog", "The river " * 60]  # the last one takes several steps
+    found = [d.embedding for d in client.embeddings.create(model="tiny", input=texts).data]
+    assert found[0] == found[1] and all(abs(np.linalg.norm(e) - 1) < 1e-5 for e in found)
+    ids = [single.tokenizer.encode(t) for t in texts]
+    again = client.embeddings.create(model="tiny", input=ids, encoding_format="float")
+    assert again.usage.prompt_tokens == sum(map(len, ids))
+    norm = vector(single.file, "output_norm.weight")
+    for values, other, tokens in zip(found, again.data, ids, strict=True):
+        outputs: list[tuple[str, Any]] = []
+        ReferenceExecutor(single.graph, single.file, n_ctx=512).forward(
+            tokens, watch=lambda op, y, to=outputs: to.append((op, y))
+        )
+        last = dict(outputs)["blk.3.ffn_down"].astype(np.float64)
+        normed = last / np.sqrt((last**2).mean(axis=1, keepdims=True) + single.config.rms_norm_eps) * norm
+        expected = normed.mean(axis=0) / np.linalg.norm(normed.mean(axis=0))
+        assert np.abs(np.array(values) - expected).max() < 1e-3
+        assert np.abs(np.array(other.embedding) - np.array(values)).max() < 1e-6

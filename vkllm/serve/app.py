@@ -10,6 +10,7 @@ import asyncio
 import hmac
 import json
 import logging
+from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from pathlib import Path
 from time import time
 from typing import Any, TypeVar
 
+import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
@@ -33,7 +35,7 @@ from vkllm.serve.grammar import Grammars
 from vkllm.serve.metrics import Metrics
 from vkllm.serve.render import TemplateWorker
 from vkllm.serve.replies import ApiError, Kind, Reply
-from vkllm.serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from vkllm.serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from vkllm_codegen.errors import HintedError
 
 log = logging.getLogger("vkllm.serve")
@@ -58,7 +60,8 @@ class Job:
 
     ids: list[int]
     params: SamplingParams
-    constraint: Constraint | None
+    constraint: Constraint | None = None
+    embeds: bool = False
 
 
 class ClientGoneError(Exception):
@@ -76,7 +79,9 @@ class Run:
         try:
             for i, job in enumerate(jobs):
                 listener = partial(self._put, i)
-                self._handles.append(batch.submit(job.ids, job.params, constraint=job.constraint, listener=listener))
+                self._handles.append(
+                    batch.submit(job.ids, job.params, constraint=job.constraint, embed=job.embeds, listener=listener)
+                )
         except BaseException:
             self.close()
             raise
@@ -160,13 +165,13 @@ class Service:
         ids, bos = self.tokenizer.encode(text, add_special=False, parse_special=True), self.tokenizer.bos_id
         return [bos, *ids] if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
 
+    def encoded(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """Token ids of each prompt. Slow: not for the event loop."""
+        return [self.tokenizer.encode(self.check_length(p)) if isinstance(p, str) else p for p in prompts]
+
     def jobs(self, request: ChatRequest | CompletionRequest) -> list[Job]:
         """All choices of all prompts, prompt by prompt. Slow: not for the event loop."""
-        if isinstance(request, ChatRequest):
-            prompts = [self.chat_ids(request)]
-        else:
-            given = request.prompts()
-            prompts = [self.tokenizer.encode(self.check_length(p)) if isinstance(p, str) else p for p in given]
+        prompts = [self.chat_ids(request)] if isinstance(request, ChatRequest) else self.encoded(request.prompts())
         form = request.response_format
         schema = form.schema_of_text() if form else None
         return [
@@ -216,6 +221,28 @@ async def answer(service: Service, request: Request, asked: ChatRequest | Comple
         raise
     run.close()
     return JSONResponse(body)
+
+
+async def embed(service: Service, request: Request, asked: EmbeddingRequest) -> Response:
+    """The mean of the normed hidden states of each input, at unit length."""
+    service.check_model(asked.model)
+    ids = await asyncio.to_thread(service.encoded, asked.prompts())
+    run = Run(service.batch, [Job(i, SamplingParams(), embeds=True) for i in ids], request)
+    found: dict[int, list[float] | str] = {}
+    try:
+        async for index, event in run.events():
+            assert event.embedding is not None
+            unit = event.embedding / max(float(np.linalg.norm(event.embedding)), 1e-12)
+            as_text = asked.encoding_format == "base64"
+            found[index] = b64encode(unit.astype("<f4").tobytes()).decode() if as_text else unit.tolist()
+    except ClientGoneError:
+        return Response(status_code=499)
+    finally:
+        run.close()
+    data = [{"object": "embedding", "index": i, "embedding": found[i]} for i in range(len(ids))]
+    n = sum(map(len, ids))
+    counts = {"prompt_tokens": n, "total_tokens": n}
+    return JSONResponse({"object": "list", "data": data, "model": service.options.model_id, "usage": counts})
 
 
 async def collect(
@@ -379,8 +406,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         return await answer(service, request, await body_of(request, CompletionRequest), "text")
 
     @app.post("/v1/embeddings")
-    async def embeddings() -> Response:
-        raise ApiError(501, "this server has no embeddings yet", code="unsupported_endpoint")
+    async def embeddings(request: Request) -> Response:
+        return await embed(service, request, await body_of(request, EmbeddingRequest))
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -130,6 +131,13 @@ def _given(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
+def _prompts(given: str | Sequence[int] | Sequence[str] | Sequence[list[int]]) -> list[str | list[int]]:
+    if isinstance(given, str):
+        return [given]
+    ids = [i for i in given if isinstance(i, int)]
+    return [ids] if ids else [p for p in given if not isinstance(p, int)]
+
+
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
@@ -160,15 +168,24 @@ class CompletionRequest(Generation):
 
     def prompts(self) -> list[str | list[int]]:
         """One prompt each: text or ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [[i for i in self.prompt if isinstance(i, int)]]
-        return [p for p in self.prompt if not isinstance(p, int)]
+        return _prompts(self.prompt)
 
     def params(self, choice: int) -> SamplingParams:
         """Without a limit: OpenAI's 16 tokens."""
         return self.sampling(choice, logprobs=self.logprobs, max_tokens=self.max_tokens or 16)
+
+
+class EmbeddingRequest(Strict):
+    """POST /v1/embeddings."""
+
+    model: str
+    input: str | Ids | Annotated[list[str], Field(min_length=1, max_length=256)] | Annotated[list[Ids], Field(min_length=1)]
+    encoding_format: Literal["float", "base64"] | None = "float"
+    user: str | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One input each: text or ids."""
+        return _prompts(self.input)
 
 
 class TokenizeRequest(Strict):
