@@ -87,13 +87,15 @@ class HomeostasisConfig:
     power_c_per_percent: float = 0.5
     # pi
     gain: float = 0.2
-    integral_s: float = 10.0
+    integral_s: float = 7.0  # downwards
+    integral_up_s: float = 25.0  # upwards: rather some seconds below the target than one above
     near_c: float = 3.0  # margins count up to here: far below the target, full speed
-    dead_band_c: float = 0.4  # above the target
+    dead_band_c: float = 0.35  # above the target
     filter_s: float = 1.0
-    power_filter_s: float = 3.0
-    jump_c: float = 5.0  # rise, before we can answer, when a busy second starts to take the whole power limit
-    jump_memory_s: float = 600.0  # for how long heavy work is expected to come back
+    power_lag_s: float = 1.0  # devices tell the mean power of about the last second
+    power_filter_s: float = 2.0
+    jump_c: float = 4.0  # rise, before we can answer, when a busy second starts to take the whole power limit
+    jump_memory_s: float = 7200.0  # for how long heavy work is expected to come back
     rise_per_s: float = 0.2
     fall_per_s: float = 1.0
     step_down: float = 0.7
@@ -112,13 +114,33 @@ class HomeostasisConfig:
         if self.mode not in get_args(Mode):
             raise ConfigError(f"homeostasis mode {self.mode!r} is unknown", f"choose one of {', '.join(get_args(Mode))}")
         positive = (
-            *("gain", "integral_s", "near_c", "rise_per_s", "fall_per_s", "stale_s", "recover_c", "trip_over_c", "submit_s"),
+            *(
+                "gain",
+                "integral_s",
+                "integral_up_s",
+                "near_c",
+                "rise_per_s",
+                "fall_per_s",
+                "stale_s",
+                "recover_c",
+                "trip_over_c",
+                "submit_s",
+            ),
             *("jump_memory_s", "power_fraction"),
         )
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"homeostasis: {name} is {getattr(self, name)!r}", "it must be a positive number")
-        for name in ("filter_s", "power_filter_s", "dead_band_c", "guard_c", "step_hold_s", "trip_hold_s", "jump_c"):
+        for name in (
+            "filter_s",
+            "power_filter_s",
+            "power_lag_s",
+            "dead_band_c",
+            "guard_c",
+            "step_hold_s",
+            "trip_hold_s",
+            "jump_c",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"homeostasis: {name} is {getattr(self, name)!r}", "it must not be negative")
         if not 0 < self.min_duty <= self.lost_duty < 1:
@@ -150,6 +172,7 @@ class State:
     heaviest: float = 0.0  # the largest weight of late
     power_w: float | None = None  # filtered, with `busy`
     busy: float | None = None
+    late_busy: float = 0.0  # as late as the power
     used: float = 1.0  # share of the allowed duty that submits took, filtered
     reading_s: float | None = None  # time of the last good reading
     now_s: float | None = None
@@ -259,7 +282,7 @@ def _with_reading(config: HomeostasisConfig, state: State, reading: Reading, fou
     dt = min(reading.time_s - (state.reading_s or 0.0), config.stale_s) if known else 0.0
     margin = state.margin_c + (raw - state.margin_c) * dt / (dt + config.filter_s) if known and dt > 0 else raw
     tripped_s = _trip(config, state, margin, raw, now_s)
-    power, busy, weight = _heat(config, state, reading, dt)
+    power, busy, late, weight = _heat(config, state, reading, dt)
     forget = math.exp(-dt / config.jump_memory_s) if dt else 1.0
     heaviest = max(weight, weight + (state.heaviest - weight) * forget)
     jump_c = config.jump_c * state.duty * max(0.0, heaviest - weight)
@@ -273,7 +296,7 @@ def _with_reading(config: HomeostasisConfig, state: State, reading: Reading, fou
         fixed, integral = ramp_gap_s(0.0, -raw), state.integral
         duty = config.submit_s / (config.submit_s + fixed)
     else:
-        duty, integral = _pi(config, state, margin - jump_c, weight, used, dt)
+        duty, integral = _pi(config, state, margin - jump_c, weight, heaviest, used, dt)
         held = stepped_s is not None and now_s - stepped_s < config.step_hold_s
         if not held and reading.throttle & STEP_DOWN_REASONS:
             stepped_s, throttled = now_s, throttled + 1
@@ -291,6 +314,7 @@ def _with_reading(config: HomeostasisConfig, state: State, reading: Reading, fou
         heaviest,
         power,
         busy,
+        late,
         used,
         reading.time_s,
         now_s,
@@ -309,20 +333,25 @@ def _trip(config: HomeostasisConfig, state: State, margin: float, raw: float, no
     return None if over else state.tripped_s
 
 
-def _heat(config: HomeostasisConfig, state: State, reading: Reading, dt: float) -> tuple[float | None, float | None, float]:
-    """(power, busy, weight): what a busy second heats, as a share of the power limit, from filtered power and busy share."""
-    if reading.power_w is None or not reading.power_limit_w or reading.busy is None or not math.isfinite(reading.power_w):
-        return None, reading.busy, state.weight
-    share = min(1.0, max(0.0, reading.busy))
+def _heat(
+    config: HomeostasisConfig, state: State, reading: Reading, dt: float
+) -> tuple[float | None, float | None, float, float]:
+    """(power, busy, late busy, weight): what a busy second heats, as a share of the power limit, from filtered power and busy
+    share."""
+    power_w, limit, share = reading.power_w, reading.power_limit_w, reading.busy
+    if power_w is None or not limit or share is None or not math.isfinite(power_w + share):
+        return None, None, 0.0, state.weight
+    share = min(1.0, max(0.0, share))
     if state.power_w is None or state.busy is None:
-        return reading.power_w, share, state.weight
+        return power_w, share, share, state.weight
+    late = state.late_busy + (share - state.late_busy) * dt / (dt + config.power_lag_s) if dt > 0 else state.late_busy
     new = dt / (dt + config.power_filter_s) if dt > 0 else 0.0
-    power = state.power_w + (reading.power_w - state.power_w) * new
-    busy = state.busy + (share - state.busy) * new
+    power = state.power_w + (power_w - state.power_w) * new
+    busy = state.busy + (late - state.busy) * new
     if busy < 0.1:  # idle: nothing to learn
-        return power, busy, state.weight
-    idle_w = 0.1 * reading.power_limit_w  # typical; an error here only makes the feed-forward a little too strong or weak
-    return power, busy, min(1.5, max(0.2, (power - idle_w) / (busy * (reading.power_limit_w - idle_w))))
+        return power, busy, late, state.weight
+    idle_w = 0.1 * limit  # typical; an error here only makes the feed-forward a little too strong or weak
+    return power, busy, late, min(1.5, max(0.2, (power - idle_w) / (busy * (limit - idle_w))))
 
 
 def _used(config: HomeostasisConfig, state: State, busy: float | None, dt: float) -> float:
@@ -332,16 +361,22 @@ def _used(config: HomeostasisConfig, state: State, busy: float | None, dt: float
     return state.used + (min(1.0, busy / state.duty) - state.used) * dt / (dt + config.filter_s) if dt > 0 else state.used
 
 
-def _pi(config: HomeostasisConfig, state: State, margin: float, weight: float, used: float, dt: float) -> tuple[float, float]:
+def _pi(
+    config: HomeostasisConfig, state: State, margin: float, weight: float, heaviest: float, used: float, dt: float
+) -> tuple[float, float]:
     """(duty, integral). The integral and the gain count in heat (duty times weight), so that weight is a feed-forward."""
     near = min(margin, config.near_c)
     error = near if near > 0 else min(0.0, near + config.dead_band_c)
     unused = used < 0.8
     wanted = (state.integral + config.gain * near) / weight
     saturated = (error > 0 and (wanted >= 1 or unused)) or (error < 0 and wanted <= config.min_duty)
-    integral = state.integral if saturated else state.integral + config.gain * error * dt / config.integral_s
+    integral = (
+        state.integral
+        if saturated
+        else state.integral + config.gain * error * dt / (config.integral_up_s if error > 0 else config.integral_s)
+    )
     integral = min(1.5, max(0.0, integral))
     if unused:  # what nobody uses is no evidence: wait at the duty that last held the target
-        wanted = min(wanted, max(integral / weight, config.min_duty))
+        wanted = min(wanted, max(integral / heaviest, config.min_duty))
     slowest, fastest = state.duty - config.fall_per_s * dt, state.duty + config.rise_per_s * dt
     return min(1.0, max(config.min_duty, min(fastest, max(slowest, wanted)))), integral
