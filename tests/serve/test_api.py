@@ -148,7 +148,9 @@ def test_json_object_and_bad_schemas(client: Any) -> None:
     ("fields", "param"),
     [
         ({"best_of": 2}, "best_of"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "retrieval"}]}, "tools.0.type"),
+        ({"tool_choice": "required"}, None),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}], "parallel_tool_calls": True}, "parallel_tool_calls"),
         ({"temperature": 3}, "temperature"),
         ({"temperature": "0.5"}, "temperature"),
         ({"n": 0}, "n"),

@@ -60,6 +60,40 @@ def test_a_json_schema(client: Any) -> None:
     assert isinstance(json.loads(reply.choices[0].message.content)["ok"], bool)
 
 
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer", "minimum": 1, "maximum": 7}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "description": "Forecast", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "ping", "parameters": {"type": "object", "additionalProperties": False}}},
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_required_call_follows_the_schema(client: Any, choice: Any, stream: bool) -> None:
+    fields: dict[str, Any] = {"model": "tiny", "messages": ASK, "tools": TOOLS, "tool_choice": choice, "max_tokens": 80}
+    reply = client.chat.completions.create(**fields, temperature=0, stream=stream)
+    if stream:
+        said = [c for p in reply for c in p.choices]
+        [call] = [t for c in said for t in c.delta.tool_calls or ()]
+        assert said[-1].finish_reason == "tool_calls" and not any(c.delta.content for c in said)
+    else:
+        [call] = reply.choices[0].message.tool_calls
+        assert reply.choices[0].finish_reason == "tool_calls" and reply.choices[0].message.content is None
+        history = [*ASK, reply.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
+        assert client.chat.completions.create(model="tiny", messages=history, tools=TOOLS, max_tokens=4).choices
+    arguments = json.loads(call.function.arguments)
+    if choice != "required" or call.function.name == "weather":
+        assert call.function.name == "weather" and arguments["city"] in ("Rome", "Oslo") and 1 <= arguments["days"] <= 7
+    for free in ("auto", "none"):
+        reply = client.chat.completions.create(**fields | {"tool_choice": free, "max_tokens": 4})
+        assert reply.choices[0].message.content and not reply.choices[0].message.tool_calls
+
+
 def test_completions_models_and_errors(client: Any, server: Any) -> None:
     reply = client.completions.create(model="tiny", prompt="Once upon a time", max_tokens=5, temperature=0, logprobs=1)
     assert "".join(reply.choices[0].logprobs.tokens) == reply.choices[0].text

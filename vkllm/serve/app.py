@@ -36,6 +36,7 @@ from vkllm.serve.metrics import Metrics
 from vkllm.serve.render import TemplateWorker
 from vkllm.serve.replies import ApiError, Kind, Reply
 from vkllm.serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from vkllm.serve.tools import CallFinder, call_schema, told
 from vkllm_codegen.errors import HintedError
 
 log = logging.getLogger("vkllm.serve")
@@ -161,7 +162,10 @@ class Service:
         """Token ids of a conversation. Slow: not for the event loop."""
         if self.template is None:
             raise ConfigError("the model has no chat template", hint="use /v1/completions, or an instruction-tuned model")
-        text = self.check_length(self.template.render([m.plain() for m in request.messages]))
+        messages, tools = [m.plain() for m in request.messages], request.offered
+        if not self.template.knows_tools:
+            messages, tools = told(messages, tools), []
+        text = self.check_length(self.template.render(messages, tools or None))
         ids, bos = self.tokenizer.encode(text, add_special=False, parse_special=True), self.tokenizer.bos_id
         return [bos, *ids] if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
 
@@ -174,6 +178,8 @@ class Service:
         prompts = [self.chat_ids(request)] if isinstance(request, ChatRequest) else self.encoded(request.prompts())
         form = request.response_format
         schema = form.schema_of_text() if form else None
+        if isinstance(request, ChatRequest) and request.must_call:
+            schema = call_schema(request.offered, request.called_name)
         return [
             Job(ids, request.params(i), None if schema is None else self.grammars.json(schema))
             for ids in prompts
@@ -245,6 +251,13 @@ async def embed(service: Service, request: Request, asked: EmbeddingRequest) -> 
     return JSONResponse({"object": "list", "data": data, "model": service.options.model_id, "usage": counts})
 
 
+def finder_of(asked: ChatRequest | CompletionRequest) -> CallFinder | None:
+    """What looks for calls in the text of one choice, where there are tools."""
+    if not isinstance(asked, ChatRequest) or not asked.offered:
+        return None
+    return CallFinder(frozenset(t["function"]["name"] for t in asked.offered), required=asked.must_call)
+
+
 async def collect(
     service: Service,
     run: Run,
@@ -261,7 +274,9 @@ async def collect(
     choices = []
     for i, result in enumerate(run.finished()):
         found = replies.logprobs(reply.kind, service.tokenizer, values[i]) if asked.params(0).logprobs is not None else None
-        choices.append(reply.choice(i, result.text, found, result.finish_reason))
+        finder = finder_of(asked)
+        content, calls = (finder.push(result.text), finder.finish()) if finder else (result.text, ("", []))
+        choices.append(reply.choice(i, content + calls[0], found, result.finish_reason, calls[1]))
     return reply.message(choices, replies.usage([r.usage for r in run.finished()], asked.n_choice), chunk=False)
 
 
@@ -276,6 +291,7 @@ async def stream(
     """The reply as server-sent events. An error after the first chunk becomes a last event."""
     with_usage = asked.stream_options is not None and asked.stream_options.include_usage
     lengths = [0] * len(run.results)
+    finders = [finder_of(asked) for _ in run.results]
 
     def chunk(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:
         body = reply.message(choices, usage, chunk=True)
@@ -285,10 +301,20 @@ async def stream(
 
     def piece(index: int, event: BatchEvent) -> str:
         out, reason = "", event.result.finish_reason if event.result else None
-        if event.text or event.logprobs:
+        finder, text = finders[index], event.text
+        calls: list[dict[str, Any]] = []
+        if finder is not None:
+            text = finder.push(text)
+            if reason:
+                rest, calls = finder.finish()
+                text += rest
+        if text or event.logprobs:
             found = replies.logprobs(reply.kind, service.tokenizer, event.logprobs, lengths[index]) if event.logprobs else None
-            lengths[index] += len(event.text)
-            out = chunk([reply.delta(index, {"content": event.text}, found, None)])
+            lengths[index] += len(text)
+            out = chunk([reply.delta(index, {"content": text}, found, None)])
+        if calls:
+            numbered = [{"index": i, **call} for i, call in enumerate(calls)]
+            out, reason = out + chunk([reply.delta(index, {"tool_calls": numbered}, None, None)]), "tool_calls"
         return out + (chunk([reply.delta(index, {}, None, reason)]) if reason else "")
 
     try:

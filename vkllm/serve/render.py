@@ -28,6 +28,11 @@ class TemplateWorker:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
 
+    @property
+    def knows_tools(self) -> bool:
+        """Does the template say what tools there are?"""
+        return "tools" in self._fixed["template"]
+
     def start(self) -> None:
         """Make the child ready, so that the first conversation does not wait for it."""
         with self._lock:

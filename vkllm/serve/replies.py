@@ -70,9 +70,19 @@ class Reply:
         body = {**self._head, "object": OBJECTS[self.kind, chunk], **self._tail, "choices": list(choices)}
         return body | ({"usage": usage} if usage is not None else {})
 
-    def choice(self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
-        """One complete choice."""
-        said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.kind == "chat" else {"text": text}
+    def choice(
+        self,
+        index: int,
+        text: str,
+        logprobs: dict[str, Any] | None,
+        reason: str | None,
+        calls: Sequence[dict[str, Any]] = (),
+    ) -> dict[str, Any]:
+        """One complete choice: text, or calls of tools."""
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message, reason = message | {"content": text or None, "tool_calls": list(calls)}, "tool_calls"
+        said = {"message": message} if self.kind == "chat" else {"text": text}
         return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
 
     def delta(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:

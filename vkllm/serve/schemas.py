@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vkllm.sampler import SamplingParams
 
@@ -32,18 +33,57 @@ class TextPart(Strict):
     text: str
 
 
+class CalledFunction(Strict):
+    """A function's name, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _is_json(cls, value: str) -> str:
+        if not isinstance(json.loads(value), dict):  # a ValueError where it is no JSON
+            raise ValueError("arguments must be a JSON object, as text")
+        return value
+
+
+class Call(Strict):
+    """A call that the model made earlier in the conversation."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
 class Message(Strict):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
     name: str | None = None
+    refusal: None = None  # replies of ours have it, and clients send them back
+    tool_calls: Annotated[list[Call], Field(min_length=1)] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.content is None and self.tool_calls is None:
+            raise ValueError("a message needs content, or tool_calls")
+        if self.tool_calls is not None and self.role != "assistant":
+            raise ValueError("tool_calls belong to role assistant")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("tool_call_id belongs to role tool, which needs it")
+        return self
 
     def plain(self) -> dict[str, Any]:
-        """As chat templates know it: text content, and "system" for "developer"."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
+        """As chat templates know it: text content, "system" for "developer", arguments of calls as objects."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls is not None:
+            calls = [{"name": c.function.name, "arguments": json.loads(c.function.arguments)} for c in self.tool_calls]
+            message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+        return message | {k: v for k, v in (("name", self.name), ("tool_call_id", self.tool_call_id)) if v}
 
 
 class StreamOptions(Strict):
@@ -72,6 +112,27 @@ class ResponseFormat(Strict):
         if self.json_schema is not None:
             return self.json_schema.schema_
         return {"type": "object"} if self.type == "json_object" else None
+
+
+class Function(Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None  # required calls always follow the schema
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class Generation(Strict):
@@ -145,11 +206,35 @@ class ChatRequest(Generation):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_completion_tokens: Positive | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that the model may call."""
+        return [] if self.tool_choice == "none" else [t.model_dump(exclude_none=True) for t in self.tools or ()]
+
+    @property
+    def must_call(self) -> bool:
+        """Is the reply to be a call?"""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def called_name(self) -> str | None:
+        """The tool that must be called, if it is named."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
 
     @model_validator(mode="after")
     def _chat_agrees(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        names = [t.function.name for t in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("two tools have the same name")
+        if self.must_call and (not names or self.called_name not in (None, *names)):
+            raise ValueError("tool_choice asks for a tool that is not in tools")
+        if self.must_call and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("tool_choice and response_format contradict each other")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give max_tokens or max_completion_tokens, not both")
         return self
