@@ -33,6 +33,7 @@ from vkllm.sampler import SamplingParams
 from vkllm.serve import replies
 from vkllm.serve.grammar import Grammars
 from vkllm.serve.metrics import Metrics
+from vkllm.serve.pacing import HomeostasisPacer
 from vkllm.serve.render import TemplateWorker
 from vkllm.serve.replies import ApiError, Kind, Reply
 from vkllm.serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
@@ -389,7 +390,8 @@ class Gate:
 def create_app(batch: BatchEngine, options: ServerOptions, metrics: Metrics) -> ASGIApp:
     """The application. `metrics` should be what observes `batch`; it is told to watch it."""
     service = Service(batch, options, metrics)
-    metrics.watch(batch)
+    homeostasis = batch.pacer if isinstance(batch.pacer, HomeostasisPacer) else None
+    metrics.watch(batch, homeostasis.gauges if homeostasis else None)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -474,7 +476,14 @@ def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         status, code = _health(batch)
-        return JSONResponse({"status": status, "model": model_id, "n_ctx": batch.n_ctx}, code)
+        headers = {"Retry-After": str(max(1, round(batch.pacer.retry_after_s)))} if batch.pacer and status == "tripped" else {}
+        return JSONResponse({"status": status, "model": model_id, "n_ctx": batch.n_ctx}, code, headers)
+
+    @app.get("/v1/homeostasis")
+    async def homeostasis() -> Response:
+        if not isinstance(batch.pacer, HomeostasisPacer):
+            raise ApiError(404, "this server is not paced: its device has no temperature sensor, or pacing is off")
+        return JSONResponse(batch.pacer.report())
 
     @app.get("/metrics")
     async def metrics() -> Response:

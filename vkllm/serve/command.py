@@ -7,17 +7,23 @@ import os
 import signal
 import socket
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from vkllm.config import RuntimeConfig
 from vkllm.errors import ConfigError
+from vkllm.homeostasis import HomeostasisConfig, Mode
+from vkllm.sensors import open_sensor
+from vkllm.serve.pacing import HomeostasisPacer
 
 if TYPE_CHECKING:
-    from vkllm.batching import BatchEngine, Pacer
+    from vkllm.batching import BatchEngine
+    from vkllm.engine import LLMEngine
 
 log = logging.getLogger("vkllm.serve")
 
@@ -95,6 +101,8 @@ def serve(
     stop_after: Annotated[float, typer.Option(min=0, help="Seconds that streams have when the server stops.")] = 30.0,
     device: Annotated[str | None, typer.Option("--device", help="Index or part of the name (see `vkllm devices`).")] = None,
     n_ctx: Annotated[int | None, typer.Option("--n-ctx", "-c", min=1, help="Positions of each request.")] = None,
+    homeostasis: Annotated[str, typer.Option(help="How to hold the device's temperature: pi, ramp or off.")] = "pi",
+    target: Annotated[float, typer.Option(help="The temperature to hold, °C.")] = 75.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve a model with OpenAI's API. Ctrl-C or SIGTERM stops it: running streams may finish."""
@@ -103,7 +111,17 @@ def serve(
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("listening on %s without an API key: everybody who reaches it may use it", host)
     runtime = RuntimeConfig(device=device, n_ctx=n_ctx, n_seq=parallel)
-    serve_model(model, runtime, Address(host, port), key=key, alias=alias, n_queue=queue, max_body=max_body, stop_s=stop_after)
+    serve_model(
+        model,
+        runtime,
+        Address(host, port),
+        key=key,
+        alias=alias,
+        n_queue=queue,
+        max_body=max_body,
+        stop_s=stop_after,
+        pacing=HomeostasisConfig(mode=cast(Mode, homeostasis), target_c=target),
+    )
 
 
 def serve_model(
@@ -116,7 +134,7 @@ def serve_model(
     n_queue: int,
     max_body: int,
     stop_s: float,
-    pacer: Pacer | None = None,
+    pacing: HomeostasisConfig,
 ) -> None:
     """Load and serve until a signal. Raises: ConfigError: the `serve` extra is not installed."""
     try:
@@ -130,6 +148,7 @@ def serve_model(
     metrics = Metrics()
     with (
         LLMEngine.init_model(model, runtime) as engine,
+        paced(engine, pacing) as pacer,
         BatchEngine(engine, pacer=pacer, n_queue=n_queue, observe=metrics.observe) as batch,
     ):
         options = ServerOptions(alias or Path(model).stem, key, max_body)
@@ -137,6 +156,24 @@ def serve_model(
         _say(batch, options.model_id, address.host, server.port)
         server.run()
     log.info("stopped")
+
+
+@contextmanager
+def paced(engine: LLMEngine, config: HomeostasisConfig) -> Iterator[HomeostasisPacer | None]:
+    """The homeostasis loop for the engine's device; None where that is off, or there is no sensor."""
+    sensor = open_sensor(engine.device.info) if config.mode != "off" else None
+    if sensor is None:
+        if config.mode != "off":
+            log.warning("%s has no temperature sensor that we can read: it is not paced", engine.device.info.name)
+        yield None
+        return
+    pacer = HomeostasisPacer(sensor, replace(config, max_batch=engine.chain.capacity))
+    pacer.start()
+    log.info("holding %s at %g °C (%s)", sensor.name, config.target_c, config.mode)
+    try:
+        yield pacer
+    finally:
+        pacer.close()
 
 
 def _say(batch: BatchEngine, model_id: str, host: str, port: int) -> None:
