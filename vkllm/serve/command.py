@@ -37,15 +37,23 @@ class Address:
 
 
 class Server:
-    """uvicorn with our application on a socket of ours: `run` serves until `stop`, or a signal where it has the main thread."""
+    """uvicorn with our application on a socket of ours: `run` serves until `stop`, or a signal where it has the main thread.
 
-    def __init__(self, app: Any, address: Address, *, stop_s: float = 30.0) -> None:
+    `stop_s`: how long running replies may go on then; `patience_s`: how long a connection may be open without a request.
+    """
+
+    def __init__(
+        self, app: Any, address: Address, *, stop_s: float = 30.0, max_connections: int = 512, patience_s: float = 15.0
+    ) -> None:
         import uvicorn
+
+        from vkllm.serve.connections import protocol
 
         self._socket = socket.create_server((address.host, address.port), backlog=1024)
         self.port: int = self._socket.getsockname()[1]
         config = uvicorn.Config(
             app,
+            http=protocol(max_connections, patience_s),
             log_config=None,
             access_log=False,
             server_header=False,
