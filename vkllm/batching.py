@@ -6,9 +6,11 @@ requests and cancellations, asks the scheduler for the next step, runs it, and s
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from queue import SimpleQueue
@@ -33,7 +35,10 @@ from vkllm.sampler import Logits, Sampler, SamplingParams, StopMatcher, log_prob
 from vkllm.scheduler import Chunk, Scheduler
 from vkllm.scheduler import Sequence as Row
 from vkllm.tokenizer import StreamDecoder
+from vkllm.vk import open_device
 from vkllm.weights import vector
+
+log = logging.getLogger("vkllm.batching")
 
 MASKED = np.float32(-1e30)
 """The logit of a token that a constraint forbids: so low that it is never drawn, but finite, as the sampler wants it."""
@@ -169,6 +174,7 @@ class BatchStats:
     n_running: int = 0
     n_block_used: int = 0
     n_preempted: int = 0
+    n_revived: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -183,7 +189,8 @@ class BatchEngine:
     """Serves many requests over one LLMEngine, which nobody else may use meanwhile. Close it, or use it as a context manager.
 
     `n_seq` of the engine's RuntimeConfig is how many run at once; `n_block`: use fewer cache blocks than the chain has;
-    `n_queue`: most requests that wait; `observe` is told (kind, seconds) of every "ttft" and "gap" between tokens.
+    `n_queue`: most requests that wait; `observe` is told (kind, seconds) of every "ttft" and "gap" between tokens;
+    `revive`: when the device is lost, open it again and compute what ran anew, instead of failing.
     """
 
     def __init__(
@@ -195,6 +202,7 @@ class BatchEngine:
         n_queue: int = 1024,
         n_mixed: int | None = None,
         observe: Callable[[str, float], None] | None = None,
+        revive: bool = False,
     ) -> None:
         self.engine, self.pacer, self.n_queue = engine, pacer, n_queue
         self.tokenizer, self.runtime = engine.tokenizer, engine.runtime
@@ -205,6 +213,7 @@ class BatchEngine:
         self.stats = BatchStats()
         self._norm = vector(engine.file, "output_norm.weight").astype(np.float64)
         self.failure: Exception | None = None
+        self._given, self._revive_lost, self._steps_at_loss = engine, revive, -1
         self._observe = observe or (lambda kind, seconds: None)
         self._ids = count()
         self._lock = threading.Lock()
@@ -228,6 +237,8 @@ class BatchEngine:
         self._closing = True
         self._tell("close", None)
         self._thread.join()
+        if self.engine is not self._given:
+            _discard(self.engine)
 
     def submit(
         self,
@@ -460,13 +471,31 @@ class BatchEngine:
         stream.handle._send(event)
 
     def _fail(self, error: Exception) -> None:
-        """A step failed for all: end every stream. After a device error no more are taken."""
+        """A step failed for all: end every stream. After a device error that we cannot mend no more are taken."""
+        if isinstance(error, DeviceError) and self._revived(error):
+            return
         if isinstance(error, DeviceError) or not isinstance(error, VkllmError):
             with self._lock:
                 self.failure = error
         for stream in list(self._streams.values()):
             self._end(stream, BatchEvent(error=error), "error")
         self.pool.forget()
+
+    def _revived(self, error: DeviceError) -> bool:
+        """Open the device again and load the model; what ran will be computed anew, and nothing is lost. Not twice in a row."""
+        if not self._revive_lost or self.stats.steps == self._steps_at_loss:
+            return False
+        log.error("%s: %s; opening the device again", type(error).__name__, error)
+        self._steps_at_loss = self.stats.steps
+        _discard(self.engine)
+        try:
+            self.engine = LLMEngine(self.engine.file, open_device(self.runtime.device), self.runtime)
+        except Exception as again:
+            log.error("that failed: %s", again)
+            return False
+        self.scheduler.restart()
+        self.stats.n_revived += 1
+        return True
 
     def _rest(self, seconds: float) -> None:
         """Keep the device idle; new requests are taken afterwards, but closing cuts it short."""
@@ -480,3 +509,10 @@ class BatchEngine:
         s.n_waiting, s.n_running = len(self.scheduler.waiting), len(self.scheduler.running)
         s.n_block_used = self.pool.n_block - self.pool.n_free
         s.n_preempted = self.scheduler.n_preempted
+
+
+def _discard(engine: LLMEngine) -> None:
+    """Give the device memory back; the file stays open. A lost device may refuse even that."""
+    for close in (engine.chain.close, engine.device.close):
+        with suppress(Exception):
+            close()

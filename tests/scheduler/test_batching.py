@@ -224,3 +224,27 @@ def test_a_tripped_pacer_stops_the_device_and_refuses_work_until_it_recovers(eng
         pacer.batch_limit = 2
         ids += [i for e in events for i in e.token_ids]
     assert tuple(ids) == single.generate_result("Once upon a time", GREEDY).token_ids
+
+
+def test_a_lost_device_is_opened_again_and_nothing_is_lost(single: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["Once upon a time", "The dog", "A small cat"]
+    with LLMEngine.init_model("tiny", MANY) as engine:
+        forward, steps = engine.chain.forward, iter(range(1000))
+
+        def lost(rows: Rows) -> Output:
+            if next(steps) == 5:
+                raise DeviceLostError("the device was lost")
+            return forward(rows)
+
+        monkeypatch.setattr(engine.chain, "forward", lost)
+        with BatchEngine(engine, revive=True) as batch:
+            found = [h.result().token_ids for h in [batch.submit(p, GREEDY) for p in prompts]]
+            assert batch.stats.n_revived == 1 and batch.failure is None
+            assert batch.submit("Hi", GREEDY).result().finish_reason in ("stop", "length")
+            monkeypatch.setattr(batch.engine.chain, "forward", lambda rows: (_ for _ in ()).throw(DeviceLostError("again")))
+            monkeypatch.setattr("vkllm.batching.open_device", lambda selector: (_ for _ in ()).throw(DeviceLostError("gone")))
+            with pytest.raises(DeviceLostError):
+                batch.submit("Hi", GREEDY).result()
+            with pytest.raises(CapacityError):
+                batch.submit("Hi")
+    assert found == [single.generate_result(p, GREEDY).token_ids for p in prompts]

@@ -157,7 +157,7 @@ def serve_model(
     with (
         LLMEngine.init_model(model, runtime) as engine,
         paced(engine, pacing) as pacer,
-        BatchEngine(engine, pacer=pacer, n_queue=n_queue, observe=metrics.observe) as batch,
+        BatchEngine(engine, pacer=pacer, n_queue=n_queue, observe=metrics.observe, revive=True) as batch,
     ):
         options = ServerOptions(alias or Path(model).stem, key, max_body)
         server = Server(create_app(batch, options, metrics), address, stop_s=stop_s)

@@ -62,6 +62,7 @@ class _Collector:
             ("prefix_hit_tokens", "Prompt tokens found in the cache", s.cached_tokens),
             ("completion_tokens", "Tokens generated", s.completion_tokens),
             ("preemptions", "Sequences that gave their blocks back", s.n_preempted),
+            ("device_losses", "Times that the device was lost and opened again", s.n_revived),
             ("steps", "Steps of the device", s.steps),
             ("rows", "Tokens computed", s.rows),
             ("busy_seconds", "Time in steps", s.busy_s),
