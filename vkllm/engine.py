@@ -5,6 +5,7 @@ It joins the parts (file, tokenizer, chain, cache, sampler) and knows none of th
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,6 +82,9 @@ class LLMEngine:
         self._pool = BlockPool(self.chain.n_block, runtime.block_size)
         self._table = BlockTable(runtime.block_size)
         self._cached: list[int] = []
+        self._owner: Sampler | None = None  # of the generation whose sequence the cache holds
+        self._lock = threading.RLock()  # one step at a time
+        self._closed = False
         self.load_s = time.perf_counter() - started
 
     @classmethod
@@ -104,10 +108,12 @@ class LLMEngine:
             raise
 
     def close(self) -> None:
-        """Give the device and the file back."""
-        self.chain.close()
-        self.device.close()
-        self.file.close()
+        """Give the device and the file back. What is asked of the engine later raises RequestError."""
+        with self._lock:
+            self._closed = True
+            self.chain.close()
+            self.device.close()
+            self.file.close()
 
     def __enter__(self) -> LLMEngine:
         return self
@@ -130,9 +136,14 @@ class LLMEngine:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamEvent]:
         """Generate, giving text away as soon as no stop string or half a character can change it.
 
+        Streams may take turns, from one thread or several: each step then computes again what another one displaced from the
+        cache. For speed with many sequences there is the batch engine, which also reports `logprobs`; this one does not.
         Raises: RequestError: an empty prompt or invalid sampling parameters; ContextTooLongError: it does not fit.
         """
+        self._check_open()
         params = params or SamplingParams()
+        if not isinstance(prompt, str | Sequence | np.ndarray) or isinstance(prompt, bytes):
+            raise RequestError(f"the prompt is of type {type(prompt).__name__}", hint="give text, or a sequence of token ids")
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self.check_prompt(prompt_ids)
         limit = self.n_ctx - len(prompt_ids)
@@ -210,24 +221,25 @@ class LLMEngine:
     @contextmanager
     def scratch_sequence(self, n_token: int) -> Iterator[BlockTable]:
         """An empty cache with room for `n_token` positions; what was cached before is forgotten."""
-        self._forget(0)
-        self._pool.extend(self._table, n_token)
-        try:
-            yield self._table
-        finally:
+        with self._step():
             self._forget(0)
+            self._pool.extend(self._table, n_token)
+            try:
+                yield self._table
+            finally:
+                self._forget(0)
 
     def check_prompt(self, ids: Sequence[int]) -> None:
         """Refuse what cannot be run.
 
         Raises: RequestError: no ids, or one that is not in the vocabulary; ContextTooLongError.
         """
-        if not ids:
+        if len(ids) == 0:
             raise RequestError("the prompt is empty", hint="give at least one token")
-        bad = next((i for i in ids if not 0 <= i < self.config.n_vocab), None)
-        if bad is not None:
+        bad = [i for i in ids if not (isinstance(i, int | np.integer) and 0 <= i < self.config.n_vocab)]
+        if bad:
             raise RequestError(
-                f"token id {bad} is outside the vocabulary of {self.config.n_vocab}",
+                f"token id {bad[0]!r} is outside the vocabulary of {self.config.n_vocab}",
                 hint="encode the text with this model's tokenizer",
             )
         if len(ids) > self.n_ctx:
@@ -237,33 +249,51 @@ class LLMEngine:
 
     def forget(self) -> None:
         """Empty the cache: the next prompt is computed from its first token."""
-        self._forget(0)
+        with self._step():
+            self._forget(0)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RequestError("the engine is closed", hint="make another one with LLMEngine.init_model")
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """Whoever uses the cache and the chain does so in here, alone."""
+        with self._lock:
+            self._check_open()
+            yield
 
     def _forget(self, keep: int) -> None:
-        """Drop all but the first `keep` positions of the sequence in the cache."""
+        """Drop all but the first `keep` positions of the sequence in the cache, which is nobody's from now on."""
+        self._owner = None
         del self._cached[keep:]
         if not keep:
             self._pool.free(self._table)
 
     def _first_token(self, prompt_ids: list[int], sampler: Sampler) -> tuple[int, int]:
         """Prefill what the cache does not already hold, and sample. Returns the token and how many ids were cached."""
-        shared = _common_prefix(self._cached, prompt_ids[:-1])
-        self._forget(shared)
-        self._pool.extend(self._table, len(prompt_ids))
-        chunk, n = self.runtime.prefill_chunk, len(prompt_ids)
-        for start in range(shared, n, chunk):
-            part = prompt_ids[start : start + chunk]
-            output = self.chain.forward(Rows.of(Span(part, start, self._table, n_output=int(start + chunk >= n))))
-            self._cached += part
-        return self._choose(output, sampler, prompt_ids), shared
+        with self._step():
+            shared = _common_prefix(self._cached, prompt_ids[:-1])
+            self._forget(shared)
+            self._pool.extend(self._table, len(prompt_ids))
+            chunk, n = self.runtime.prefill_chunk, len(prompt_ids)
+            for start in range(shared, n, chunk):
+                part = prompt_ids[start : start + chunk]
+                output = self.chain.forward(Rows.of(Span(part, start, self._table, n_output=int(start + chunk >= n))))
+                self._cached += part
+            self._owner = sampler
+            return self._choose(output, sampler, prompt_ids), shared
 
     def _next_token(self, token: int, sampler: Sampler, prompt_ids: list[int], ids: list[int]) -> int:
-        """One decode step."""
-        position = len(self._cached)
-        self._pool.extend(self._table, position + 1)
-        output = self.chain.forward(Rows.of(Span([token], position, self._table, n_output=1)))
-        self._cached.append(token)
-        return self._choose(output, sampler, prompt_ids, ids)
+        """One decode step; a prefill where another generation has used the cache since."""
+        with self._step():
+            if self._owner is not sampler:
+                return self._first_token(prompt_ids + ids, sampler)[0]
+            position = len(self._cached)
+            self._pool.extend(self._table, position + 1)
+            output = self.chain.forward(Rows.of(Span([token], position, self._table, n_output=1)))
+            self._cached.append(token)
+            return self._choose(output, sampler, prompt_ids, ids)
 
     @staticmethod
     def _choose(output: Output, sampler: Sampler, *history: list[int]) -> int:

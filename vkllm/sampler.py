@@ -31,7 +31,8 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 keep every token. `repetition_penalty` divides (positive) or
     multiplies (negative) the logits of the last `penalty_last_n` tokens of prompt and completion (-1: all of them), then
     `presence_penalty` and `frequency_penalty` times the count are subtracted. `max_tokens` None: up to the context's end.
-    `stop`: texts to end before; `stop_ids`: more end tokens. `logprobs`: how many alternatives to report.
+    `stop`: texts to end before; `stop_ids`: more end tokens. `logprobs`: how many alternatives to report with
+    each token (by the batch engine only).
     """
 
     temperature: float = 0.8
@@ -62,8 +63,14 @@ class SamplingParams:
         for name, least in (("seed", 0), ("max_tokens", 0), ("logprobs", 0)):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), least)
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+        if not isinstance(self.stop, tuple | list) or not all(isinstance(s, str) and s for s in self.stop):
             raise RequestError(f"stop is {self.stop!r}; expected a tuple of texts, none empty", hint="write stop=('text',)")
+        if not isinstance(self.stop_ids, tuple | list | set | frozenset):
+            raise RequestError(f"stop_ids is {self.stop_ids!r}; expected a tuple of token ids", hint="write stop_ids=(2,)")
+        for token in self.stop_ids:
+            _check_int("a token id of stop_ids", token, 0)
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(f"logit_bias is {self.logit_bias!r}; expected {{token id: bias}}", hint="write logit_bias={2: -9}")
         for token, bias in self.logit_bias.items():
             _check_int("a token id of logit_bias", token, 0)
             _check_range(f"logit_bias of token {token}", bias, -MAX_BIAS, MAX_BIAS)
