@@ -13,6 +13,9 @@ RopePairing = Literal["interleaved", "half"]
 Activations = Literal["auto", "f32", "int8"]
 Schedule = Literal["auto", "lane_row", "lane_chunk"]
 
+BLOCK_SIZES = (8, 16, 32, 64, 128, 256, 512)
+"""What the attention kernels can divide: they take positions 8 at a time, and split a long context every 512."""
+
 ROPE_PAIRING: dict[str, RopePairing] = {"llama": "interleaved", "qwen2": "half"}
 """Supported architectures, and how each pairs the dimensions that RoPE rotates: (2i, 2i+1) or (i, i + rope_dim/2)."""
 
@@ -194,9 +197,12 @@ class RuntimeConfig:
             raise ConfigError(f"schedule is {self.schedule!r}", hint="choose auto, lane_row or lane_chunk")
         for name in ("n_ctx", "prefill_chunk", "n_seq", "block_size"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is None and name == "n_ctx":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; expected a positive integer", hint=f"leave {name} out for the default")
-        if not self.submit_ms > 0:
-            raise ConfigError(f"submit_ms is {self.submit_ms}; expected more than 0", hint="leave it out for 100")
-        if self.block_size % 8:
-            raise ConfigError(f"block_size is {self.block_size}; expected a multiple of 8", hint="leave it out for 32")
+        if not (isinstance(self.submit_ms, int | float) and self.submit_ms > 0):
+            raise ConfigError(f"submit_ms is {self.submit_ms!r}; expected a number above 0", hint="leave it out for 100")
+        if self.block_size not in BLOCK_SIZES:
+            known = ", ".join(map(str, BLOCK_SIZES))
+            raise ConfigError(f"block_size is {self.block_size}; expected one of {known}", hint="leave it out for 32")

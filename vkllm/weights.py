@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from vkllm.errors import FileFormatError, UnsupportedQuantError
+from vkllm.errors import FileFormatError, UnsupportedModelError, UnsupportedQuantError
 from vkllm.files.gguf import GGUFFile, TensorInfo
 from vkllm.plan import Graph, Part
 from vkllm_shaders.formats import FORMATS
@@ -42,7 +42,8 @@ def vector_lengths(graph: Graph) -> dict[str, int]:
 def check_weights(graph: Graph, file: GGUFFile) -> None:
     """Refuse a file whose tensors are missing, misshapen or of a type without a kernel.
 
-    Raises: FileFormatError, UnsupportedQuantError: naming the first offending tensor.
+    Tensors that the graph does not use are refused too: they would change the result where they are applied.
+    Raises: FileFormatError, UnsupportedQuantError, UnsupportedModelError: naming the first offending tensor.
     """
     for part in graph.parts():
         info = _tensor(file, part.weight, (part.n_row, part.n_col))
@@ -56,6 +57,12 @@ def check_weights(graph: Graph, file: GGUFFile) -> None:
             raise UnsupportedQuantError(
                 f"{name} is {info.type}; expected F32, F16 or BF16", hint="vectors are never quantized: convert the model again"
             )
+    unused = file.tensors.keys() - {part.weight for part in graph.parts()} - vector_lengths(graph).keys()
+    if unused:
+        raise UnsupportedModelError(
+            f"tensor {min(unused)} has no place in the {graph.config.arch} architecture as it is implemented here",
+            hint="the model is a variant of it that cannot be run",
+        )
 
 
 def vector(file: GGUFFile, name: str) -> NDArray[np.float32]:

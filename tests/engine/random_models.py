@@ -68,15 +68,38 @@ def put(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def put_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: gguf.GGMLQuantizationType) -> None:
-    """One tensor; types that `gguf` cannot quantize to get bytes of zero."""
+    """One tensor; of types that `gguf` cannot quantize to, K-quants get random blocks and others bytes of zero."""
     if kind.name in ("F32", "F16"):
         writer.add_tensor(name, values.astype(np.float32 if kind.name == "F32" else np.float16))
+        return
+    if kind.name in ("Q4_K", "Q5_K", "Q6_K"):
+        writer.add_tensor(name, k_blocks(values.shape, kind.name), raw_dtype=kind)
         return
     try:
         blocks = gguf.quants.quantize(values, kind)
     except NotImplementedError:
         blocks = np.zeros(gguf.quants.quant_shape_to_byte_shape(values.shape, kind), np.uint8)
     writer.add_tensor(name, blocks, raw_dtype=kind)
+
+
+def k_blocks(shape: tuple[int, ...], kind: str) -> np.ndarray:
+    """Random blocks of 256 weights: every bit of scales, minima and weights is drawn, the f16 factors keep them near 1/√n_col."""
+    rng = np.random.default_rng(shape[0])
+    n, size = shape[0] * shape[1] // 256, 1.0 / np.sqrt(shape[1])
+
+    def bits(n_byte: int) -> np.ndarray:
+        return rng.integers(0, 256, (n, n_byte), dtype=np.uint8)
+
+    def halves(mean: float) -> np.ndarray:
+        return (mean * rng.uniform(0.8, 1.2, (n, 1))).astype(np.float16).view(np.uint8)
+
+    if kind == "Q6_K":
+        blocks = [bits(128 + 64 + 16), halves(size / (64 * 18))]  # low bits, high bits, scales of ±128, d
+    else:
+        top, n_byte = (15, 128) if kind == "Q4_K" else (31, 128 + 32)
+        d = size / (32 * top / 2)  # scales and minima have 6 bits
+        blocks = [halves(d), halves(d * top / 2), bits(12 + n_byte)]
+    return np.concatenate(blocks, axis=1).reshape(shape[0], -1)
 
 
 def hyper_parameters(s: Shape) -> Metadata:

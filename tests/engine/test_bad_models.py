@@ -91,6 +91,18 @@ CASES: dict[str, tuple[Shape, Damage, type[VkllmError], str]] = {
         r"rope_freqs.weight has shape \[5\]",
     ),
     "short bias": (Shape("qwen2", bias=True), reshaped("blk.0.attn_v.bias", 15), FileFormatError, "attn_v.bias has shape"),
+    "a norm of the heads": (
+        SMALL,
+        lambda m, t: t.update({"blk.0.attn_q_norm.weight": (np.ones(8, np.float32), "F32")}),
+        UnsupportedModelError,
+        "blk.0.attn_q_norm.weight has no place in the llama architecture",
+    ),
+    "a bias of the norm": (
+        SMALL,
+        lambda m, t: t.update({"output_norm.bias": (np.ones(32, np.float32), "F32")}),
+        UnsupportedModelError,
+        "output_norm.bias",
+    ),
     "IQ2_S": (WIDE, of_type("IQ2_S", "blk.0.ffn_down.weight"), UnsupportedQuantError, "blk.0.ffn_down.weight is IQ2_S"),
     "Q2_K embedding": (WIDE, of_type("Q2_K", "token_embd.weight"), UnsupportedQuantError, "token_embd.weight is Q2_K"),
     "TQ1_0": (WIDE, of_type("TQ1_0", "blk.0.attn_k.weight"), UnsupportedQuantError, "blk.0.attn_k.weight is TQ1_0"),

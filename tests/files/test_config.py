@@ -110,7 +110,15 @@ def test_real_files(shared_data: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"activations": "f64"}, {"n_ctx": 0}, {"block_size": 12}, {"prefill_chunk": -1}, {"submit_ms": 0.0}],
+    [
+        *({"n_ctx": n} for n in (0, 2.0)),
+        *({"block_size": n} for n in (12, 24, 1024)),
+        *({"prefill_chunk": n} for n in (-1, True, None)),
+        *({"submit_ms": ms} for ms in (0.0, float("nan"), "1")),
+        {"activations": "f64"},
+        {"schedule": "fast"},
+        {"n_seq": 0},
+    ],
 )
 def test_runtime_config_refuses(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
