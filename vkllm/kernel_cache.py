@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +17,7 @@ from typing import TypeVarTuple
 import vkllm_codegen
 import vkllm_shaders
 from vkllm import debug
-from vkllm.vk.cache import directory
+from vkllm.vk import cache
 from vkllm_codegen import Binding, Kernel
 from vkllm_codegen.types import DType
 
@@ -49,7 +47,7 @@ class KernelCache:
     """Compiles each kernel once: a process, and a version of the sources."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder or directory()
+        self._folder = folder or cache.directory()
         self._kernels: dict[Hashable, CompiledKernel] = {}
 
     @cached_property
@@ -80,32 +78,30 @@ def _compile(kernel: Kernel) -> CompiledKernel:
 
 
 def _save(file: Path, kernel: CompiledKernel) -> CompiledKernel:
-    """Write a header of one JSON line, then the SPIR-V; in one step."""
+    """Write a checksum, a header of one JSON line, then the SPIR-V."""
     header = {
         "name": kernel.name,
         "bindings": [[b.name, b.kind, repr(b.dtype), b.access] for b in kernel.bindings],
         "push": [[name, repr(dtype), offset] for name, dtype, offset in kernel.push],
         "features": sorted(kernel.features),
-        "sha256": hashlib.sha256(kernel.code).hexdigest(),
     }
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "wb") as f:
-            f.write(json.dumps(header).encode() + b"\n" + kernel.code)
-        os.replace(temporary, file)
-    except OSError:
-        pass  # a read-only home is no error; the next start compiles again
+    body = json.dumps(header).encode() + b"\n" + kernel.code
+    cache.replace(file, _checksum(body) + b"\n" + body)
     return kernel
+
+
+def _checksum(body: bytes) -> bytes:
+    return hashlib.sha256(body).hexdigest().encode()
 
 
 def _load(file: Path) -> CompiledKernel | None:
     """The kernel of a file; None where there is none or it is damaged."""
     try:
-        line, _, code = file.read_bytes().partition(b"\n")
-        header = json.loads(line)
-        if hashlib.sha256(code).hexdigest() != header["sha256"]:
+        checksum, _, body = file.read_bytes().partition(b"\n")
+        if checksum != _checksum(body):
             return None
+        line, _, code = body.partition(b"\n")
+        header = json.loads(line)
         bindings = tuple(Binding(name, kind, _dtype(dtype), access, ()) for name, kind, dtype, access in header["bindings"])
         push = tuple((name, _dtype(dtype), offset) for name, dtype, offset in header["push"])
         return CompiledKernel(header["name"], bindings, push, frozenset(header["features"]), code)

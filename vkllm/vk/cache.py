@@ -44,14 +44,18 @@ def load(file: Path) -> bytes:
 
 def save(file: Path | None, data: bytes) -> None:
     """Replace the file in one step; a cache that cannot be written is no error."""
-    if file is None:
-        return
+    if file is not None:
+        replace(file, MAGIC + hashlib.sha256(data).digest() + data)
+
+
+def replace(file: Path, data: bytes) -> None:
+    """Write a cache file in one step; one that cannot be written is no error, and leaves nothing behind."""
     temporary = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
         with os.fdopen(handle, "wb") as f:
-            f.write(MAGIC + hashlib.sha256(data).digest() + data)
+            f.write(data)
         os.replace(temporary, file)
     except OSError:
         if temporary is not None:

@@ -1,0 +1,64 @@
+"""Compiled kernels on disk: read back as they were, never believed when damaged, never in the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vkllm import kernel_cache
+from vkllm.kernel_cache import CompiledKernel, KernelCache
+from vkllm_shaders.sample import SampleSpec, argmax
+
+
+def get(folder: Path) -> CompiledKernel:
+    return KernelCache(folder).get(argmax, SampleSpec(lanes=8))
+
+
+def test_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = get(tmp_path)
+    monkeypatch.setattr(kernel_cache, "_compile", lambda kernel: pytest.fail("it was compiled again"))
+    again = get(tmp_path)
+    assert (again.name, again.push, again.features, again.code) == (first.name, first.push, first.features, first.code)
+    assert [(b.name, b.kind, b.dtype, b.access) for b in again.bindings] == [
+        (b.name, b.kind, b.dtype, b.access) for b in first.bindings
+    ]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[:-4],
+    "a bit of the code": lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+    "a push constant elsewhere": lambda data: data.replace(b'"u32", 0]', b'"u32", 4]'),
+    "another binding": lambda data: data.replace(b'"storage"', b'"texel"'),
+    "other data": lambda data: b"null\nnull\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_replaced(tmp_path: Path, damage: str) -> None:
+    right = get(tmp_path)
+    (file,) = tmp_path.rglob("*.kernel")
+    data = file.read_bytes()
+    file.write_bytes(DAMAGES[damage](data))
+    assert file.read_bytes() != data
+    found = get(tmp_path)
+    assert (found.push, found.code) == (right.push, right.code)
+    assert [b.kind for b in found.bindings] == [b.kind for b in right.bindings]
+    assert file.read_bytes() == data
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert get(tmp_path / "file").code
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    assert get(tmp_path).code
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
