@@ -25,6 +25,7 @@ from typer.core import TyperGroup
 
 from vkllm.config import Activations, ModelConfig, RuntimeConfig
 from vkllm.errors import RequestError
+from vkllm.homeostasis_cli import app as homeostasis
 from vkllm.serve.command import serve
 from vkllm_codegen.errors import HintedError
 
@@ -442,6 +443,7 @@ def shaders(out: Annotated[Path, typer.Argument(help="Folder for .spv, .spvasm, 
 
 
 app.command()(serve)
+app.add_typer(homeostasis, name="homeostasis")
 
 
 def main() -> None:

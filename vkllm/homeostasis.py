@@ -88,9 +88,10 @@ class HomeostasisConfig:
     # pi
     gain: float = 0.2
     integral_s: float = 7.0  # downwards
-    integral_up_s: float = 25.0  # upwards: rather some seconds below the target than one above
+    integral_up_s: float = 18.0  # upwards: rather some seconds below the target than one above
     near_c: float = 3.0  # margins count up to here: far below the target, full speed
-    dead_band_c: float = 0.35  # above the target
+    cold_c: float = 25.0  # so far below the target the whole device is cold: full speed at once
+    dead_band_c: float = 0.3  # above the target
     filter_s: float = 1.0
     power_lag_s: float = 1.0  # devices tell the mean power of about the last second
     power_filter_s: float = 2.0
@@ -102,7 +103,7 @@ class HomeostasisConfig:
     step_hold_s: float = 5.0
     # limits
     min_duty: float = 0.02
-    lost_duty: float = 0.25
+    lost_duty: float = 0.28
     stale_s: float = 3.0
     trip_over_c: float = 4.0
     recover_c: float = 5.0
@@ -119,6 +120,7 @@ class HomeostasisConfig:
                 "integral_s",
                 "integral_up_s",
                 "near_c",
+                "cold_c",
                 "rise_per_s",
                 "fall_per_s",
                 "stale_s",
@@ -367,7 +369,7 @@ def _pi(
     """(duty, integral). The integral and the gain count in heat (duty times weight), so that weight is a feed-forward."""
     near = min(margin, config.near_c)
     error = near if near > 0 else min(0.0, near + config.dead_band_c)
-    unused = used < 0.8
+    unused = used < 0.8 and margin < config.cold_c
     wanted = (state.integral + config.gain * near) / weight
     saturated = (error > 0 and (wanted >= 1 or unused)) or (error < 0 and wanted <= config.min_duty)
     integral = (

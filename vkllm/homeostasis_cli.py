@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from vkllm.simulate import Figures, Scenario, Trace
 
 app = typer.Typer(help="Hold a device at its temperature.", no_args_is_help=True)
-SHOWN = ("time_over_target_s", "temp_std_c", "throttle_s", "throughput_kept", "trips", "mean_duty", "temp_max_c", "held_share")
+SHOWN = {  # heading → figure, format
+    "over s": ("time_over_target_s", ".0f"),
+    "max °C": ("temp_max_c", ".1f"),
+    "std °C": ("temp_std_c", ".2f"),
+    "thr. s": ("throttle_s", ".0f"),
+    "kept": ("throughput_kept", ".3f"),
+    "trips": ("trips", "d"),
+    "duty": ("mean_duty", ".3f"),
+    "held": ("held_share", ".3f"),
+}
 MODES = get_args(Mode)
 
 
@@ -107,8 +116,12 @@ def sensors(
 
 
 def _table(rows: list[Figures]) -> Table:
-    table = Table("scenario", "mode", *SHOWN)
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    for heading in ("scenario", "mode"):
+        table.add_column(heading, no_wrap=True)
+    for heading in SHOWN:
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        values = (getattr(row, name) for name in SHOWN)
-        table.add_row(row.scenario, row.mode, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values))
+        values = ((getattr(row, name), form) for name, form in SHOWN.values())
+        table.add_row(row.scenario, row.mode, *("–" if v is None else format(v, form) for v, form in values))
     return table

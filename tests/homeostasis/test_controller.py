@@ -149,8 +149,12 @@ def test_what_nobody_uses_is_no_evidence() -> None:
     held = state.integral
     for _ in range(400):
         now += 0.5
-        state = next_state(PI, state, at(now, 50.0, busy=0.0), now)
+        state = next_state(PI, state, at(now, 55.0, busy=0.0), now)
     assert state.integral == held and state.duty <= max(held, PI.min_duty) + 1e-9
+    cold = state
+    for i in range(20):
+        cold = next_state(PI, cold, at(now + i, 45.0, busy=0.0), now + i)
+    assert cold.duty == 1.0  # nothing to fear
     for _ in range(20):
         now += 0.5
         state = next_state(PI, state, at(now, 60.0, busy=state.duty), now)

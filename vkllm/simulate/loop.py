@@ -24,7 +24,7 @@ class Figures:
     `time_over_target_s`: more than TOLERANCE_C above the target. `throttle_s`: the hardware had slowed itself down.
     `throughput_kept`: work done, of what the best constant duty does in the same conditions (it may be above 1: a constant duty
     has to suit the worst hour). `held_share`: of the time in which the duty was what held the device back, how much was
-    within TOLERANCE_C of the target.
+    within TOLERANCE_C of the target; None where heat never limited.
     """
 
     scenario: str
@@ -39,7 +39,7 @@ class Figures:
     trips: int
     mean_duty: float
     temp_max_c: float
-    held_share: float
+    held_share: float | None
     best_constant_duty: float
     mean_power_w: float
     step_downs: int
@@ -130,7 +130,7 @@ def simulate(
         trips=state.trips,
         mean_duty=math.fsum(duties) / len(duties),
         temp_max_c=max(temps),
-        held_share=sum(holding) / len(holding) if holding else 1.0,
+        held_share=sum(holding) / len(holding) if holding else None,
         best_constant_duty=best[0],
         mean_power_w=plant.energy_j / run.seconds,
         step_downs=state.throttled,

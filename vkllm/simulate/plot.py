@@ -39,22 +39,23 @@ def svg(traces: Sequence[Trace], target_c: float, slowdown_c: float | None, titl
         *_axis(y_duty, [0.0, 0.25, 0.5, 0.75, 1.0], "duty", d0),
         *_hours(x, end),
     ]
-    for value, colour, label in ((target_c, "#0a7d3c", "target"), (slowdown_c, "#c0392b", "hardware slowdown")):
-        if value is not None:
-            at = y_temp(value)
-            parts.append(f'<path d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}" stroke="{colour}" stroke-dasharray="6 4" fill="none"/>')
-            parts.append(_text(WIDTH - RIGHT, at - 4, f"{label} {value:g} °C", anchor="end", colour=colour))
     if traces:
         parts.append(_line(traces[0].time_s, traces[0].ambient_c, x, y_temp, "#999999", "ambient"))
     for trace in reversed(traces):  # the first on top
         colour = COLOURS.get(trace.mode, INK)
         parts.append(_line(trace.time_s, trace.temp_c, x, y_temp, colour, f"{trace.mode}: temperature"))
         parts.append(_line(trace.time_s, trace.duty, x, y_duty, colour, f"{trace.mode}: duty"))
+    for value, colour, label in ((target_c, "#0a7d3c", "target"), (slowdown_c, "#c0392b", "hardware slowdown")):
+        if value is not None:
+            at = y_temp(value)
+            parts.append(f'<path d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}" stroke="{colour}" stroke-dasharray="6 4" fill="none"/>')
+            parts.append(_text(WIDTH - RIGHT, at - 4, f"{label} {value:g} °C", anchor="end", colour=colour))
     return "\n".join([*parts, "</svg>", ""])
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", colour: str = INK, size: int = 12) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-size="{size}">{escape(text)}</text>'
+    style = f'text-anchor="{anchor}" fill="{colour}" font-size="{size}" stroke="white" stroke-width="3" paint-order="stroke"'
+    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>'
 
 
 def _line(
