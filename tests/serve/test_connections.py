@@ -50,3 +50,18 @@ def test_a_client_that_stops_reading_holds_up_nobody(server: Any) -> None:
         )
         assert reply.status_code == 200
         server.quiet()  # its tokens are generated, and its blocks free, though nobody reads
+
+
+def test_a_limit_of_requests_a_minute(session_server: Any) -> None:
+    from vkllm.serve.app import ServerOptions, create_app
+    from vkllm.serve.command import Address, Server
+    from vkllm.serve.metrics import Metrics
+
+    server = Server(create_app(session_server.batch, ServerOptions("tiny", rate=5), Metrics()), Address(port=0), stop_s=5.0)
+    server.start()
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60) as client:
+        replies = [client.get("/v1/models") for _ in range(7)]
+        assert [r.status_code for r in replies] == [200] * 5 + [429] * 2
+        assert 1 <= int(replies[-1].headers["Retry-After"]) <= 60 and replies[-1].json()["error"]["type"] == "rate_limit_error"
+        assert client.get("/health").status_code == 200
+    server.stop()

@@ -10,17 +10,18 @@ import asyncio
 import hmac
 import json
 import logging
+import math
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from time import time
+from time import monotonic, time
 from typing import Any, TypeVar
 
 import numpy as np
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, WebSocket
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
@@ -31,6 +32,7 @@ from vkllm.engine import GenerationResult
 from vkllm.errors import ConfigError, ContextTooLongError
 from vkllm.sampler import SamplingParams
 from vkllm.serve import replies
+from vkllm.serve.duplex import Duplex
 from vkllm.serve.grammar import Grammars
 from vkllm.serve.metrics import Metrics
 from vkllm.serve.pacing import HomeostasisPacer
@@ -42,17 +44,20 @@ from vkllm_codegen.errors import HintedError
 
 log = logging.getLogger("vkllm.serve")
 PAGE = Path(__file__).with_name("page.html")
+MAX_ADDRESSES = 10_000  # of clients whose requests are counted
 OPEN_PATHS = frozenset({"/", "/health"})  # no key is needed for these
 M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """`model_id`: the name that clients ask for; `max_body`: bytes of a request; `template_s`: a chat template's deadline."""
+    """`model_id`: the name that clients ask for; `max_body`: bytes of a request; `rate`: requests a minute from one
+    address; `template_s`: a chat template's deadline."""
 
     model_id: str
     api_key: str | None = None
     max_body: int = 4 << 20
+    rate: float | None = None
     template_s: float = 2.0
 
 
@@ -73,7 +78,7 @@ class ClientGoneError(Exception):
 class Run:
     """The jobs of one HTTP request in the engine. Ends all of them when it is closed."""
 
-    def __init__(self, batch: BatchEngine, jobs: Sequence[Job], request: Request) -> None:
+    def __init__(self, batch: BatchEngine, jobs: Sequence[Job], request: Request | None) -> None:
         self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, BatchEvent | None]]()
         self.results: list[GenerationResult | None] = [None] * len(jobs)
         self._handles: list[Handle] = []
@@ -87,7 +92,8 @@ class Run:
         except BaseException:
             self.close()
             raise
-        self._watcher = asyncio.create_task(self._watch(request))
+        if request is not None:
+            self._watcher = asyncio.create_task(self._watch(request))
 
     def _put(self, index: int, event: BatchEvent) -> None:
         with suppress(RuntimeError):  # the server has stopped
@@ -190,8 +196,13 @@ class Service:
 
 async def body_of(request: Request, model: type[M]) -> M:
     """The request's body as a `model`. Raises: ApiError: 400, naming the field."""
+    return parse(await request.body(), model)
+
+
+def parse(text: str | bytes, model: type[M]) -> M:
+    """JSON as a `model`. Raises: ApiError: 400, naming the field."""
     try:
-        return model.model_validate_json(await request.body())
+        return model.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or None
@@ -344,8 +355,12 @@ class Gate:
 
     def __init__(self, app: ASGIApp, options: ServerOptions, metrics: Metrics, paths: frozenset[str]) -> None:
         self._app, self._options, self._metrics, self._paths = app, options, metrics, paths
+        self._debts: dict[str, tuple[float, float]] = {}  # of an address: requests not yet worked off, and when that was
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket" and not self._known(dict(scope["headers"]).get(b"authorization", b"")):
+            await send({"type": "websocket.close", "code": 1008})  # before it is accepted: 403
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -361,6 +376,9 @@ class Gate:
         if path not in OPEN_PATHS and not self._known(headers.get(b"authorization", b"")):
             error = ApiError(401, "missing or wrong API key", code="invalid_api_key")
             error.headers["WWW-Authenticate"] = "Bearer"
+        elif path not in OPEN_PATHS and (wait_s := self._wait_s((scope.get("client") or ("",))[0])) > 0:
+            error = ApiError(429, f"more than {self._options.rate:g} requests a minute", code="rate_limit_exceeded")
+            error.headers["Retry-After"] = str(math.ceil(wait_s))
         elif not declared.isdigit() or int(declared) > self._options.max_body:
             error = self._too_large()
         if error is not None:
@@ -382,6 +400,21 @@ class Gate:
     def _known(self, authorization: bytes) -> bool:
         key = self._options.api_key
         return key is None or hmac.compare_digest(authorization, b"Bearer " + key.encode())
+
+    def _wait_s(self, address: str) -> float:
+        """How long a client must wait before its next request; 0: it may come, and is counted."""
+        rate = self._options.rate
+        if rate is None:
+            return 0.0
+        now = monotonic()
+        debt, before = self._debts.get(address, (0.0, now))
+        debt = max(0.0, debt - (now - before) * rate / 60.0)
+        if debt + 1 > rate:
+            return (debt + 1 - rate) * 60.0 / rate
+        if len(self._debts) >= MAX_ADDRESSES:
+            self._debts.clear()
+        self._debts[address] = (debt + 1, now)
+        return 0.0
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self._options.max_body} bytes", code="request_too_large")
@@ -436,6 +469,14 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
         return await embed(service, request, await body_of(request, EmbeddingRequest))
+
+    async def start(asked: ChatRequest | CompletionRequest) -> Run:
+        service.check_model(asked.model)
+        return Run(service.batch, await asyncio.to_thread(service.jobs, asked), None)
+
+    @app.websocket("/v1/stream")
+    async def duplex(ws: WebSocket) -> None:
+        await Duplex(ws, start, parse).serve()
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:

@@ -60,7 +60,8 @@ class Server:
             timeout_keep_alive=15,
             timeout_graceful_shutdown=round(stop_s),
             h11_max_incomplete_event_size=64 << 10,
-            ws="none",
+            ws="websockets-sansio",
+            ws_max_size=4 << 20,
         )
         self._server = uvicorn.Server(config)
         self._thread: threading.Thread | None = None
@@ -106,6 +107,7 @@ def serve(
     parallel: Annotated[int, typer.Option(min=1, help="Requests that run at once; the others wait.")] = 8,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 256,
     max_body: Annotated[int, typer.Option(min=1024, help="Largest request in bytes.")] = 4 << 20,
+    rate: Annotated[float | None, typer.Option(min=1, help="Requests a minute from one address; default: no limit.")] = None,
     stop_after: Annotated[float, typer.Option(min=0, help="Seconds that streams have when the server stops.")] = 30.0,
     device: Annotated[str | None, typer.Option("--device", help="Index or part of the name (see `vkllm devices`).")] = None,
     n_ctx: Annotated[int | None, typer.Option("--n-ctx", "-c", min=1, help="Positions of each request.")] = None,
@@ -127,6 +129,7 @@ def serve(
         alias=alias,
         n_queue=queue,
         max_body=max_body,
+        rate=rate,
         stop_s=stop_after,
         pacing=HomeostasisConfig(mode=cast(Mode, homeostasis), target_c=target),
     )
@@ -141,6 +144,7 @@ def serve_model(
     alias: str | None,
     n_queue: int,
     max_body: int,
+    rate: float | None,
     stop_s: float,
     pacing: HomeostasisConfig,
 ) -> None:
@@ -159,7 +163,7 @@ def serve_model(
         paced(engine, pacing) as pacer,
         BatchEngine(engine, pacer=pacer, n_queue=n_queue, observe=metrics.observe, revive=True) as batch,
     ):
-        options = ServerOptions(alias or Path(model).stem, key, max_body)
+        options = ServerOptions(alias or Path(model).stem, key, max_body, rate)
         server = Server(create_app(batch, options, metrics), address, stop_s=stop_s)
         _say(batch, options.model_id, address.host, server.port)
         server.run()
