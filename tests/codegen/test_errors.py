@@ -17,6 +17,8 @@ from vkllm_codegen import (
     Value,
     VerifyError,
     boolean,
+    coop,
+    f16,
     f32,
     i32,
     kernel,
@@ -208,7 +210,8 @@ def test_a_value_does_not_leave_its_region() -> None:
 
 
 def _program(*ops: Op) -> Program:
-    return Program("broken", (Binding("y", "storage", f32, "write"),), (), {}, (8, 1, 1), Region(ops))
+    bindings = (Binding("y", "storage", f32, "write"), Binding("x", "storage", f32, "read"), Binding("w", "texel", u32, "read"))
+    return Program("broken", bindings, (), {}, (8, 1, 1), Region(ops))
 
 
 ONE, ONE_F = constant(u32, 1), constant(f32, 1.0)
@@ -231,6 +234,23 @@ BROKEN = [
     Op(OpCode.BREAK_IF, None, (constant(boolean, True),)),
     Op(OpCode.COOP_MULADD, f32, (ONE_F, ONE_F, ONE_F)),
     Op(OpCode.NEG, f32, (Op(OpCode.NEG, f32, (ONE_F,)),)),
+    Op(OpCode.ISNAN, f32, (ONE_F,)),
+    Op(OpCode.SHUFFLE, u32, (ONE_F, ONE)),
+    Op(OpCode.SHARED, f32, ()),
+    Op(OpCode.SHARED, f32, (ONE_F,)),
+    Op(OpCode.COOP_FILL, coop(f16, 8, 8, "a"), (ONE_F,)),
+    Op(OpCode.COOP_LOAD, f32, (ONE, ONE), (1, True)),
+    Op(OpCode.COOP_LOAD, coop(f16, 8, 8, "a"), (ONE, ONE), (1, True)),
+    Op(OpCode.BUF_LOAD, f32, (ONE,), 0),
+    Op(OpCode.BUF_LOAD, u32, (ONE,), 1),
+    Op(OpCode.BUF_LOAD, u32, (ONE,), 2),
+    Op(OpCode.BUF_LOAD, f32, (ONE,), 3),
+    Op(OpCode.BUF_STORE, None, (ONE, ONE_F), 1),
+    Op(OpCode.BUF_STORE, None, (ONE, ONE), 0),
+    Op(OpCode.TEXEL_LOAD, f32, (ONE,), 1),
+    Op(OpCode.TEXEL_LOAD, f32, (ONE,), 2),
+    Op(OpCode.ATOMIC_ADD, u32, (ONE, ONE), 1),
+    Op(OpCode.ATOMIC_ADD, f32, (ONE, ONE_F), 0),
 ]
 
 

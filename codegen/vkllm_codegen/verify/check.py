@@ -7,7 +7,7 @@ from typing import NoReturn
 from ..errors import VerifyError
 from ..ir import LEAVES, Op, OpCode, Program, Region
 from ..trace.where import at
-from .rules import RULES
+from .rules import RULES, binding_complaint
 from .uniformity import check_uniformity
 
 
@@ -50,10 +50,9 @@ class _Checker:
                           "a value lives in its loop or branch: carry it out in a b.var")  # fmt: skip
         if op in visible:
             self.fail(op, f"{op.code} stands in two places")
-        for rule in RULES[op.code]:
-            complaint = rule(op)
-            if complaint:
-                self.fail(op, complaint)
+        complaint = next(filter(None, (rule(op) for rule in RULES[op.code])), None)
+        if complaint := complaint or binding_complaint(op, self.program.bindings):
+            self.fail(op, complaint)
         if op.code is OpCode.BREAK_IF and not self.loops:
             self.fail(op, "break_if outside a loop")
         if op.regions:

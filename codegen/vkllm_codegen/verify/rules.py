@@ -1,10 +1,13 @@
-"""The rules of every opcode, as data: opcode → checks. A check returns None, or says what is wrong."""
+"""The rules of every opcode, as data: opcode → checks. A check returns None, or says what is wrong.
+
+`RULES` look at an operation alone, `ACCESS` at the buffer that it names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from ..ir import LEAVES, Op, OpCode
+from ..ir import ATOMICS, LEAVES, Binding, Op, OpCode
 from ..types import CoopType, DType, boolean, f32, i32, u32, vec
 
 Rule = Callable[[Op], str | None]
@@ -124,6 +127,30 @@ def range_bounds(op: Op) -> str | None:
     return None
 
 
+def type_of_operand(op: Op) -> str | None:
+    found = op.src[0].dtype
+    return None if op.dtype is found else f"{op.code} of {found!r} gives {op.dtype!r}"
+
+
+def truth(op: Op) -> str | None:
+    return None if isinstance(op.dtype, DType) and op.dtype.is_bool else f"{op.code} gives {op.dtype!r}, expected a boolean"
+
+
+def sizes(op: Op) -> str | None:
+    fixed = op.src and all(s.code in (OpCode.CONST, OpCode.SPEC) and s.dtype is u32 for s in op.src)
+    return None if fixed else f"{op.code} needs one or more sizes, constant or specialization constants of type u32"
+
+
+def matrix_element(op: Op) -> str | None:
+    ok = isinstance(op.dtype, CoopType) and op.src[0].dtype is op.dtype.element
+    return None if ok else f"{op.code} of {op.src[0].dtype!r} gives {op.dtype!r}"
+
+
+def a_matrix(op: Op) -> str | None:
+    found = op.src[0].dtype if op.code is OpCode.COOP_STORE else op.dtype
+    return None if isinstance(found, CoopType) else f"{op.code} of {found!r}, expected a cooperative matrix"
+
+
 def matrices(op: Op) -> str | None:
     """a[M, K] × b[K, N] + c[M, N]."""
     a, b, c = (s.dtype for s in op.src)
@@ -159,19 +186,21 @@ RULES: dict[OpCode, tuple[Rule, ...]] = {
         (O.SQRT, O.RSQRT, O.EXP, O.EXP2, O.LOG, O.LOG2, O.SIN, O.COS, O.TANH, O.FLOOR, O.ROUND),
         (operands(1), same_type(), operand_kind(0, "float")),
     ),
-    **dict.fromkeys((O.ISNAN, O.ISINF), (operands(1), operand_kind(0, "float"), same_count)),
+    **dict.fromkeys((O.ISNAN, O.ISINF), (operands(1), operand_kind(0, "float"), truth, same_count)),
     O.UNPACK_HALF: (operands(1), operand_type(0, u32), result_type(vec(f32, 2))),
     O.PACK_HALF: (operands(1), operand_type(0, vec(f32, 2)), result_type(u32)),
     O.BIT_EXTRACT: (operands(3), operand_kind(0, *INTEGER), operand_type(1, u32), operand_type(2, u32)),
     **dict.fromkeys((O.DOT_I8, O.DOT_U8I8), (operands(2), operand_type(0, u32), operand_type(1, u32), result_type(i32))),
     O.UNIFORM: (operands(1), same_type()),
     **dict.fromkeys((O.SG_ADD, O.SG_MAX, O.SG_MIN), (operands(1), same_type(), operand_kind(0, *NUMBER))),
-    **dict.fromkeys((O.SHUFFLE, O.SHUFFLE_XOR, O.BROADCAST), (operands(2), operand_kind(0, *NUMBER), operand_type(1, u32))),
+    **dict.fromkeys(
+        (O.SHUFFLE, O.SHUFFLE_XOR, O.BROADCAST), (operands(2), type_of_operand, operand_kind(0, *NUMBER), operand_type(1, u32))
+    ),
     **dict.fromkeys((O.SG_ANY, O.SG_ALL), (operands(1), operand_type(0, boolean), result_type(boolean))),
     O.SG_ELECT: (operands(0), result_type(boolean)),
     O.VAR: (operands(1), same_type()),
     O.ARRAY: (operands(0),),
-    O.SHARED: (),
+    O.SHARED: (sizes,),
     O.VAR_LOAD: (operands(1), declared_by(O.VAR)),
     O.VAR_STORE: (operands(2), declared_by(O.VAR, 1), no_result),
     O.ARRAY_LOAD: (operands(2), declared_by(O.ARRAY), operand_type(1, *INDEX_TYPES)),
@@ -181,11 +210,11 @@ RULES: dict[OpCode, tuple[Rule, ...]] = {
     O.BUF_LOAD: (operands(1), operand_type(0, *INDEX_TYPES)),
     O.BUF_STORE: (operands(2), operand_type(0, *INDEX_TYPES), no_result),
     O.TEXEL_LOAD: (operands(1), operand_type(0, *INDEX_TYPES)),
-    **dict.fromkeys((O.ATOMIC_ADD, O.ATOMIC_MAX, O.ATOMIC_MIN), (operands(2), operand_type(0, *INDEX_TYPES), same_type(1))),
+    **dict.fromkeys(ATOMICS, (operands(2), operand_type(0, *INDEX_TYPES), operand_type(1, *INDEX_TYPES), same_type(1))),
     O.BARRIER: (operands(0), no_result),
-    O.COOP_FILL: (operands(1),),
-    O.COOP_LOAD: (operands(2, 3),),
-    O.COOP_STORE: (operands(3, 4), no_result),
+    O.COOP_FILL: (operands(1), matrix_element),
+    O.COOP_LOAD: (operands(2, 3), a_matrix),
+    O.COOP_STORE: (operands(3, 4), a_matrix, no_result),
     O.COOP_MULADD: (operands(3), matrices),
     O.INDEX: (lambda op: "a running number stands outside its range",),
     O.RANGE: (operands(3), regions(1), range_bounds, no_result),
@@ -193,3 +222,35 @@ RULES: dict[OpCode, tuple[Rule, ...]] = {
     O.LOOP: (operands(0), regions(1), no_result),
     O.BREAK_IF: (operands(1), operand_type(0, boolean), no_result),
 }
+
+STORAGE, TEXELS = ("storage",), ("texel", "uniform_texel")
+READ, WRITE = ("read", "readwrite"), ("write", "readwrite")
+
+ACCESS: dict[OpCode, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    **dict.fromkeys((O.BUF_LOAD, O.COOP_LOAD), (STORAGE, READ)),
+    **dict.fromkeys((O.BUF_STORE, O.COOP_STORE), (STORAGE, WRITE)),
+    **dict.fromkeys(ATOMICS, (STORAGE, ("readwrite",))),
+    O.TEXEL_LOAD: (TEXELS, READ),
+}
+"""What a buffer operation asks of the binding that it names: its kind and its access."""
+
+
+def binding_complaint(op: Op, bindings: Sequence[Binding]) -> str | None:
+    """What is wrong with the binding of a buffer operation; None for other operations, and for matrices in shared memory."""
+    number = op.arg[0] if op.code in (O.COOP_LOAD, O.COOP_STORE) else op.arg
+    if op.code not in ACCESS or number is None:
+        return None
+    if not 0 <= number < len(bindings):
+        return f"{op.code} of binding {number}: there are {len(bindings)}"
+    binding, (kinds, access) = bindings[number], ACCESS[op.code]
+    if binding.kind not in kinds or binding.access not in access:
+        return f"{op.code} of {binding.name}, a {binding.kind} buffer that is declared {binding.access}"
+    stored = {O.BUF_STORE: 1, O.COOP_STORE: 0}.get(op.code)
+    moved = op.dtype if stored is None else op.src[stored].dtype
+    if isinstance(moved, CoopType):
+        moved = moved.element
+    if op.code is O.TEXEL_LOAD and moved is not None:  # narrow texels are read as 32-bit components
+        same = (moved.kind, moved.count) == (binding.dtype.kind, binding.dtype.count)
+    else:
+        same = moved is binding.dtype
+    return None if same else f"{op.code} of {moved!r}; {binding.name} holds {binding.dtype!r}"
