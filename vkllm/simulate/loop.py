@@ -14,7 +14,7 @@ STEP_S = 0.5
 TOLERANCE_C = 1.0  # "over target" begins here
 SETTLE_S = 600.0  # of the start, left out of temp_std_c and held_share
 DUTY_STEPS = 1000  # resolution of the search for the best constant duty
-TRACE_POINTS = 1440
+TRACE_POINTS = 720
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def simulate(
             plant.step(STEP_S, busy)
             temps.append(plant.die_c)
             duties.append(state.duty)
-            heated.append(allowed < tick.demand and tick.sensor)
+            heated.append(allowed < tick.demand - 0.01 and tick.sensor)
             now += STEP_S
             state = next_state(config, state, sensor.read(), now)
     settled = temps[int(SETTLE_S / STEP_S) :] or temps
