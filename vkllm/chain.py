@@ -107,7 +107,8 @@ class ModelChain:
         self.device, self.graph, self.runtime = device, graph, runtime
         config = graph.config
         self.n_ctx = _context_length(config.n_ctx, runtime.n_ctx)
-        self.n_block = runtime.n_seq * -(-self.n_ctx // runtime.block_size)
+        per_sequence = -(-self.n_ctx // runtime.block_size)
+        self.n_block = -(-runtime.cache_tokens // runtime.block_size) if runtime.cache_tokens else runtime.n_seq * per_sequence
         self._lower = Lowering(graph, file, device.info, runtime, self.n_ctx, self.n_block)
         self.capacity = self._lower.capacity
         self.activations = self._lower.activations

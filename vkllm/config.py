@@ -174,6 +174,7 @@ def _n_vocab(meta: _Metadata, arch: str) -> int:
 class RuntimeConfig:
     """How to run a model. `n_ctx` None: what the model was trained for, as far as memory allows.
 
+    `cache_tokens`: positions of the KV cache, of all sequences together; None: `n_ctx` for each of the `n_seq`.
     `prefill_chunk`: prompt tokens in one replayed recording. `block_size`: KV-cache positions in a block.
     `activations`: "int8" quantizes them before matrix products, "auto" where that is faster. `submit_ms`: about how long one
     submit may run: drivers kill work that takes seconds, and pacing acts between submits. `schedule`: how kernels share work
@@ -186,6 +187,7 @@ class RuntimeConfig:
     schedule: Schedule = "auto"
     prefill_chunk: int = 64
     n_seq: int = 1
+    cache_tokens: int | None = None
     block_size: int = 32
     submit_ms: float = 100.0
     progress: bool = False
@@ -195,9 +197,9 @@ class RuntimeConfig:
             raise ConfigError(f"activations is {self.activations!r}", hint="choose auto, f32 or int8")
         if self.schedule not in get_args(Schedule):
             raise ConfigError(f"schedule is {self.schedule!r}", hint="choose auto, lane_row or lane_chunk")
-        for name in ("n_ctx", "prefill_chunk", "n_seq", "block_size"):
+        for name in ("n_ctx", "prefill_chunk", "n_seq", "block_size", "cache_tokens"):
             value = getattr(self, name)
-            if value is None and name == "n_ctx":
+            if value is None and name in ("n_ctx", "cache_tokens"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; expected a positive integer", hint=f"leave {name} out for the default")

@@ -96,7 +96,7 @@ class Lowering:
             sizes["partials"] = self._attention.scratch_nbytes(n, c.n_kv_head, self.n_split)
         return sizes | {
             "rope": self.n_ctx * c.head_dim * 4,
-            "block_table": self.n_block * 4,
+            "block_table": self.runtime.n_seq * -(-self.n_ctx // self.runtime.block_size) * 4,  # shared blocks count for each
             "candidates": self._sample.candidates_nbytes(n, c.n_vocab),
             "argmax": n * 16,
         }

@@ -248,3 +248,12 @@ def test_a_lost_device_is_opened_again_and_nothing_is_lost(single: LLMEngine, mo
             with pytest.raises(CapacityError):
                 batch.submit("Hi")
     assert found == [single.generate_result(p, GREEDY).token_ids for p in prompts]
+
+
+def test_a_small_cache_for_many(single: LLMEngine) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    prompts = [TEXT[: 40 + 30 * i] for i in range(6)]
+    with LLMEngine.init_model("tiny", replace(MANY, cache_tokens=250)) as engine, BatchEngine(engine) as batch:
+        assert (batch.pool.n_block, batch.n_ctx) == (8, 256)
+        found = [h.result().token_ids for h in [batch.submit(p, params) for p in prompts]]
+    assert found == [single.generate_result(p, params).token_ids for p in prompts]

@@ -113,6 +113,7 @@ def serve(
     n_ctx: Annotated[int | None, typer.Option("--n-ctx", "-c", min=1, help="Positions of each request.")] = None,
     homeostasis: Annotated[str, typer.Option(help="How to hold the device's temperature: pi, ramp or off.")] = "pi",
     target: Annotated[float, typer.Option(help="The temperature to hold, °C.")] = 75.0,
+    cache_tokens: Annotated[int | None, typer.Option(min=1, help="Positions of the KV cache; default: for all at once.")] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve a model with OpenAI's API. Ctrl-C or SIGTERM stops it: running streams may finish."""
@@ -120,7 +121,7 @@ def serve(
     key = key_from(api_key, api_key_file)
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("listening on %s without an API key: everybody who reaches it may use it", host)
-    runtime = RuntimeConfig(device=device, n_ctx=n_ctx, n_seq=parallel)
+    runtime = RuntimeConfig(device=device, n_ctx=n_ctx, n_seq=parallel, cache_tokens=cache_tokens)
     serve_model(
         model,
         runtime,
