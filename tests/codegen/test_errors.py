@@ -30,7 +30,7 @@ from vkllm_codegen import (
     vec,
     write,
 )  # fmt: skip
-from vkllm_codegen.ir import Binding, Op, OpCode, Program, Region, constant
+from vkllm_codegen.ir import Binding, Op, OpCode, Program, Region, constant, leaf
 from vkllm_codegen.verify import RULES, verify
 
 Body = Callable[[Block, Buffer, Buffer, Value], object]
@@ -238,9 +238,18 @@ BROKEN = [
     Op(OpCode.SHUFFLE, u32, (ONE_F, ONE)),
     Op(OpCode.SHARED, f32, ()),
     Op(OpCode.SHARED, f32, (ONE_F,)),
+    Op(OpCode.SHARED, f32, (constant(u32, 0),)),
     Op(OpCode.COOP_FILL, coop(f16, 8, 8, "a"), (ONE_F,)),
     Op(OpCode.COOP_LOAD, f32, (ONE, ONE), (1, True)),
     Op(OpCode.COOP_LOAD, coop(f16, 8, 8, "a"), (ONE, ONE), (1, True)),
+    Op(OpCode.ARRAY, f32, (), 0),
+    Op(OpCode.RANGE, None, (ONE, ONE, ONE), 0, (Region((), Op(OpCode.INDEX, u32)),)),
+    Op(OpCode.BROADCAST, f32, (ONE_F, leaf(OpCode.BUILTIN, u32, ("subgroup_lane", 0)))),
+    Op(OpCode.IDIV, u32, (ONE, constant(u32, 0))),
+    Op(OpCode.MOD, vec(u32, 2), (constant(vec(u32, 2), (1, 1)), constant(vec(u32, 2), (1, 0)))),
+    Op(OpCode.SHL, u32, (ONE, constant(u32, 32))),
+    Op(OpCode.SHR, i32, (constant(i32, 1), constant(i32, -1))),
+    Op(OpCode.LOOP, None, (), None, (Region(()),)),
     Op(OpCode.BUF_LOAD, f32, (ONE,), 0),
     Op(OpCode.BUF_LOAD, u32, (ONE,), 1),
     Op(OpCode.BUF_LOAD, u32, (ONE,), 2),
@@ -273,6 +282,9 @@ def test_every_opcode_has_rules() -> None:
 def test_interface_errors() -> None:
     with pytest.raises(KernelError, match="local_size"):
         trace("k", {}, {}, {}, "WG", lambda b, bufs, p: None)
+    for size in (0, (8, 0), (8, 8, 8, 1), ()):
+        with pytest.raises(KernelError, match="local_size"):
+            trace("k", {}, {}, {}, size, lambda b, bufs, p: None)
     with pytest.raises(KernelError, match="128"):
         trace("k", {}, {f"p{i}": u32 for i in range(33)}, {}, 1, lambda b, bufs, p: None)
     with pytest.raises(KernelError, match="dimension"):

@@ -155,10 +155,11 @@ def _local_size(size: int | tuple[int, ...] | str | None, spec: Mapping[str, Any
         size = "WG" if "WG" in spec else 1
     if isinstance(size, str) and size not in spec:
         fail(f"local_size {size!r} is no specialization constant; there are {sorted(spec)}")
-    if isinstance(size, (int, str)):
-        return size, 1, 1
-    x, y, z = (*size, 1, 1)[:3]
-    return x, y, z
+    dims = size if isinstance(size, tuple) else (size,)
+    if not 1 <= len(dims) <= 3 or any(isinstance(n, int) and n < 1 for n in dims):
+        fail(f"local_size {size!r}; expected 1 to 3 numbers, each 1 or more")
+    x, y, z = (*dims, 1, 1)[:3]
+    return x, int(y), int(z)
 
 
 def trace(

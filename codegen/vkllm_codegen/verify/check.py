@@ -7,7 +7,7 @@ from typing import NoReturn
 from ..errors import VerifyError
 from ..ir import LEAVES, Op, OpCode, Program, Region
 from ..trace.where import at
-from .rules import RULES, binding_complaint
+from .rules import RULES, TRACED, binding_complaint
 from .uniformity import check_uniformity
 
 
@@ -50,7 +50,10 @@ class _Checker:
                           "a value lives in its loop or branch: carry it out in a b.var")  # fmt: skip
         if op in visible:
             self.fail(op, f"{op.code} stands in two places")
-        complaint = next(filter(None, (rule(op) for rule in RULES[op.code])), None)
+        rules = RULES[op.code]
+        if not self.after and op.code in TRACED:
+            rules = (*rules, TRACED[op.code])
+        complaint = next(filter(None, (rule(op) for rule in rules)), None)
         if complaint := complaint or binding_complaint(op, self.program.bindings):
             self.fail(op, complaint)
         if op.code is OpCode.BREAK_IF and not self.loops:

@@ -1,13 +1,15 @@
 """The rules of every opcode, as data: opcode → checks. A check returns None, or says what is wrong.
 
-`RULES` look at an operation alone, `ACCESS` at the buffer that it names.
+`RULES` look at an operation alone, `ACCESS` at the buffer that it names. `TRACED` are for the program as it was written: passes
+may leave what they forbid in branches that are never taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from ..ir import ATOMICS, LEAVES, Binding, Op, OpCode
+from ..ir import ATOMICS, LEAVES, Binding, Op, OpCode, Region
 from ..types import CoopType, DType, boolean, f32, i32, u32, vec
 
 Rule = Callable[[Op], str | None]
@@ -137,8 +139,43 @@ def truth(op: Op) -> str | None:
 
 
 def sizes(op: Op) -> str | None:
-    fixed = op.src and all(s.code in (OpCode.CONST, OpCode.SPEC) and s.dtype is u32 for s in op.src)
-    return None if fixed else f"{op.code} needs one or more sizes, constant or specialization constants of type u32"
+    fixed = op.src and all(s.code in (OpCode.CONST, OpCode.SPEC) and s.dtype is u32 and s.arg != 0 for s in op.src)
+    return None if fixed else f"{op.code} needs one or more sizes above 0, constants or specialization constants of type u32"
+
+
+def positive(op: Op) -> str | None:
+    """Lengths of arrays and numbers of copies."""
+    return None if isinstance(op.arg, int) and op.arg > 0 else f"{op.code} of {op.arg}: it must be 1 or more"
+
+
+def same_in_all_lanes(op: Op) -> str | None:
+    return None if op.src[1].code in (OpCode.CONST, OpCode.SPEC) else f"the lane of {op.code} must be a constant"
+
+
+def no_division_by_zero(op: Op) -> str | None:
+    zero = op.src[1].code is OpCode.CONST and not all(_components(op.src[1].arg))
+    return f"{op.code} by the constant 0" if zero else None
+
+
+def shift_within(op: Op) -> str | None:
+    assert isinstance(op.dtype, DType)
+    distances = _components(op.src[1].arg) if op.src[1].code is OpCode.CONST else ()
+    far = [d for d in distances if not 0 <= d < op.dtype.bits]
+    return f"{op.code} of {op.dtype!r} by {far[0]} bits is undefined" if far else None
+
+
+def leaves(op: Op) -> str | None:
+    return None if _breaks(op.regions[0]) else f"a {op.code} without a break_if never ends"
+
+
+def _components(value: Any) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _breaks(region: Region) -> bool:
+    """Is there a BREAK_IF of this region's loop? Those of loops inside are their own."""
+    inner = (r for op in region.ops if op.code is OpCode.IF for r in op.regions)
+    return any(op.code is OpCode.BREAK_IF for op in region.ops) or any(map(_breaks, inner))
 
 
 def matrix_element(op: Op) -> str | None:
@@ -193,13 +230,12 @@ RULES: dict[OpCode, tuple[Rule, ...]] = {
     **dict.fromkeys((O.DOT_I8, O.DOT_U8I8), (operands(2), operand_type(0, u32), operand_type(1, u32), result_type(i32))),
     O.UNIFORM: (operands(1), same_type()),
     **dict.fromkeys((O.SG_ADD, O.SG_MAX, O.SG_MIN), (operands(1), same_type(), operand_kind(0, *NUMBER))),
-    **dict.fromkeys(
-        (O.SHUFFLE, O.SHUFFLE_XOR, O.BROADCAST), (operands(2), type_of_operand, operand_kind(0, *NUMBER), operand_type(1, u32))
-    ),
+    **dict.fromkeys((O.SHUFFLE, O.SHUFFLE_XOR), (operands(2), type_of_operand, operand_kind(0, *NUMBER), operand_type(1, u32))),
+    O.BROADCAST: (operands(2), type_of_operand, operand_kind(0, *NUMBER), operand_type(1, u32), same_in_all_lanes),
     **dict.fromkeys((O.SG_ANY, O.SG_ALL), (operands(1), operand_type(0, boolean), result_type(boolean))),
     O.SG_ELECT: (operands(0), result_type(boolean)),
     O.VAR: (operands(1), same_type()),
-    O.ARRAY: (operands(0),),
+    O.ARRAY: (operands(0), positive),
     O.SHARED: (sizes,),
     O.VAR_LOAD: (operands(1), declared_by(O.VAR)),
     O.VAR_STORE: (operands(2), declared_by(O.VAR, 1), no_result),
@@ -217,10 +253,16 @@ RULES: dict[OpCode, tuple[Rule, ...]] = {
     O.COOP_STORE: (operands(3, 4), a_matrix, no_result),
     O.COOP_MULADD: (operands(3), matrices),
     O.INDEX: (lambda op: "a running number stands outside its range",),
-    O.RANGE: (operands(3), regions(1), range_bounds, no_result),
+    O.RANGE: (operands(3), regions(1), range_bounds, positive, no_result),
     O.IF: (operands(1), operand_type(0, boolean), regions(1, 2), no_result),
     O.LOOP: (operands(0), regions(1), no_result),
     O.BREAK_IF: (operands(1), operand_type(0, boolean), no_result),
+}
+
+TRACED: dict[OpCode, Rule] = {
+    **dict.fromkeys((O.IDIV, O.MOD), no_division_by_zero),
+    **dict.fromkeys((O.SHL, O.SHR), shift_within),
+    O.LOOP: leaves,
 }
 
 STORAGE, TEXELS = ("storage",), ("texel", "uniform_texel")
