@@ -106,3 +106,46 @@ def test_non_finite_values_in_a_chunk_without_logits(engine: LLMEngine) -> None:
     finally:
         embedding.write(right)
     assert engine.generate(ONCE, GREEDY)
+
+
+OPEN = {"temperature": 1.3, "seed": 7, "max_tokens": 30, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "ignore_eos": True}
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"temperature": 0.2}, {"seed": 8}, {"top_k": 3}, {"top_p": 0.3}, {"min_p": 0.5}, {"repetition_penalty": 3.0},
+        {"presence_penalty": 5.0}, {"frequency_penalty": 5.0}, {"logit_bias": {11: 100.0}}, {"max_tokens": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_each_sampling_option_reaches_the_tokens(engine: LLMEngine, option: dict[str, Any]) -> None:
+    def tokens(options: dict[str, Any]) -> tuple[int, ...]:
+        return engine.generate_result(ONCE, SamplingParams(**OPEN | options)).token_ids
+
+    found = tokens(option)
+    assert found != tokens({})
+    assert found == tokens(option)
+
+
+def test_stop_strings_across_tokens(engine: LLMEngine) -> None:
+    text = engine.generate(ONCE, GREEDY)
+    for start in range(1, len(text) - 7, 5):
+        stop = text[start : start + 7]  # wherever tokens begin and end
+        params = SamplingParams(temperature=0.0, max_tokens=12, stop=(stop,))
+        events = list(engine.stream(ONCE, params))
+        assert "".join(e.text for e in events) == text[: text.index(stop)]
+        assert events[-1].result is not None and events[-1].result.finish_reason == "stop"
+
+
+def test_a_stream_of_emoji_has_no_half_characters(engine: LLMEngine) -> None:
+    """The sampler is made to say, token by token, what the vocabulary has only as bytes."""
+    wanted = engine.tokenizer.encode("a😀é漢", add_special=False)
+    assert len(wanted) == 10
+    pieces, prompt = [], engine.tokenizer.encode(ONCE)
+    decoder = engine.tokenizer.stream(prompt)
+    for i, token in enumerate(wanted):
+        params = SamplingParams(temperature=0.0, max_tokens=1, logit_bias={token: 100.0}, ignore_eos=True)
+        assert engine.generate_result([*prompt, *wanted[:i]], params).token_ids == (token,)
+        pieces.append(decoder.push(token))
+    assert [p for p in pieces if p] == ["a", "😀", "é", "漢"]
