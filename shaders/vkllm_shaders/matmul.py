@@ -327,7 +327,6 @@ class _Body:
         minimum = w.minimum(r, sub)
         return total if minimum is None else total - minimum * x_sum
 
-
     def _multiply_integers(self, w: StepWeights, x: _X) -> None:
         """Integer products with x in 8 bits, scaled a block at a time."""
         f = self.fmt
@@ -335,12 +334,12 @@ class _Body:
             slots = range(sub * SLOTS // f.n_sub, (sub + 1) * SLOTS // f.n_sub)
             sums = self._pair_products(w, x, slots) if f.pairs else self._dot_products(w, x, slots)
             for t in range(self.tile):
-                x_scale, x_sum = x.scale(t, slots[0]), x.integer_total(t, slots)
+                x_scale = x.scale(t, slots[0])
+                x_sum = x.integer_total(t, slots).to(f32) if f.has_minimum else None
                 for r in range(self.rows):
-                    total = sums[t][r] - x_sum * f.zero if f.pairs and f.zero else sums[t][r]
-                    value = total.to(f32) * (w.scale(r, sub) * x_scale)
+                    value = sums[t][r].to(f32) * (w.scale(r, sub) * x_scale)
                     minimum = w.minimum(r, sub)
-                    self.acc[t][r].add(value if minimum is None else value - minimum * (x_scale * x_sum.to(f32)))
+                    self.acc[t][r].add(value if minimum is None or x_sum is None else value - minimum * (x_scale * x_sum))
 
     def _dot_products(self, w: StepWeights, x: _X, slots: range) -> list[list[Value]]:
         """Q8_0: four signed bytes at a time."""
@@ -355,25 +354,31 @@ class _Body:
     def _pair_products(self, w: StepWeights, x: _X, slots: range) -> list[list[Value]]:
         """Two rows in the halves of a word: p = high * 2**16 + low, read off before low leaves 16 bits.
 
+        Weights counted from the middle of their range stay small longest: middle * sum(x) is taken off the sums of p.
         The sum of the p, which may overflow, and that of the highs give the sum of the lows.
         """
-        limit = max(n for n in (4, 8, 16, 32) if n * 127 * ((1 << self.fmt.bits) - 1) <= 32767)
-        weights = [(slot, comp) for slot in slots for comp in range(4)]
+        middle = 1 << (self.fmt.bits - 1)
+        limit = min(len(slots), 32767 // (127 * middle) // 4)  # slots
         words: list[list[Value]] = [[] for _ in range(self.tile)]
         highs: list[list[Value]] = [[] for _ in range(self.tile)]
-        for first in range(0, len(weights), limit):
+        for first in range(slots[0], slots[-1] + 1, limit):
+            part = range(first, first + limit)
             packed: list[list[Value]] = [[] for _ in range(self.tile)]
-            for slot, comp in weights[first : first + limit]:
+            for slot, comp in [(slot, comp) for slot in part for comp in range(4)]:
                 both = [w.both(pair, slot, comp) for pair in range(self.rows // 2)]
                 for t in range(self.tile):
                     xs = x.integer(t, slot, comp)
                     packed[t] = added(packed[t], [v * xs for v in both])
             for t in range(self.tile):
+                offset = x.integer_total(t, part) * (middle * 0x10001)
+                packed[t] = [p - offset for p in packed[t]]
                 highs[t] = added(highs[t], [(p + 0x8000) >> 16 for p in packed[t]])
                 words[t] = added(words[t], packed[t])
-        return [
-            [v for p, high in zip(words[t], highs[t], strict=True) for v in (p - (high << 16), high)] for t in range(self.tile)
+        sums = [
+            [v for p, high in zip(*of, strict=True) for v in (p - (high << 16), high)] for of in zip(words, highs, strict=True)
         ]
+        rest = middle - self.fmt.zero
+        return [[v + x.integer_total(t, slots) * rest for v in token] for t, token in enumerate(sums)] if rest else sums
 
 
 def added(sums: list[Value], values: list[Value]) -> list[Value]:
