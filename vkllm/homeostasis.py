@@ -103,11 +103,12 @@ class HomeostasisConfig:
     step_hold_s: float = 5.0
     # limits
     min_duty: float = 0.02
-    lost_duty: float = 0.28
+    lost_duty: float = 0.28  # at most: what the worst hours of the simulated day allow
     stale_s: float = 3.0
     trip_over_c: float = 4.0
     recover_c: float = 5.0
     trip_hold_s: float = 10.0
+    trip_lost_s: float = 300.0  # with a lost sensor
     max_batch: int = 64
     submit_s: float = 0.02  # a typical submit: `ramp` fixes gaps, and this makes them a duty
 
@@ -250,24 +251,28 @@ def next_state(config: HomeostasisConfig, state: State, reading: Reading | None,
     margin = smallest_margin(config, reading) if reading is not None and fresh else None
     if reading is None or margin is None:
         return _without_reading(config, state, now_s)
-    if state.reading_s is not None and reading.time_s <= state.reading_s and state.condition != "lost":
-        return state  # nothing new
+    if state.reading_s is not None and state.condition != "lost" and 0 <= state.reading_s - reading.time_s <= config.stale_s:
+        return state  # nothing new; further back, the clock was set
     return _with_reading(config, state, reading, margin, now_s)
 
 
 def _without_reading(config: HomeostasisConfig, state: State, now_s: float) -> State:
-    """Keep still while the last good reading is fresh; after that a small fixed duty. A trip stays a trip."""
+    """Keep still while the last good reading is fresh; after that a small fixed duty, less where the target needed less.
+
+    A trip stays a trip for `trip_lost_s`, in which an idle device cools.
+    """
     if state.reading_s is not None and state.condition != "lost" and abs(now_s - state.reading_s) <= config.stale_s:
         return state
-    if state.condition == "tripped":
+    if state.tripped_s is not None and abs(now_s - state.tripped_s) < config.trip_lost_s:
         return state
-    duty = min(state.duty, config.lost_duty)
+    heavy = max(1.0, state.weight, state.heaviest)
+    duty = min(config.lost_duty, max(config.min_duty, state.integral / heavy))
     condition: Condition = "starting" if state.reading_s is None else "lost"
     return State(
         duty=duty,
         batch_limit=batch_limit(config, duty),
         condition=condition,
-        integral=min(state.integral, duty),
+        integral=min(state.integral, config.lost_duty * heavy),
         weight=max(1.0, state.weight),
         heaviest=state.heaviest,
         reading_s=state.reading_s,
@@ -281,7 +286,7 @@ def _with_reading(config: HomeostasisConfig, state: State, reading: Reading, fou
     """A new reading: filter it, trip or recover, then the law of the mode."""
     raw, limiting = found
     known = state.reading_s is not None and state.condition in ("regulating", "tripped")
-    dt = min(reading.time_s - (state.reading_s or 0.0), config.stale_s) if known else 0.0
+    dt = min(max(0.0, reading.time_s - (state.reading_s or 0.0)), config.stale_s) if known else 0.0
     margin = state.margin_c + (raw - state.margin_c) * dt / (dt + config.filter_s) if known and dt > 0 else raw
     tripped_s = _trip(config, state, margin, raw, now_s)
     power, busy, late, weight = _heat(config, state, reading, dt)

@@ -227,6 +227,29 @@ def test_a_trip_has_hysteresis_and_ends_by_itself() -> None:
     assert cool[0].duty <= PI.lost_duty  # slowly
 
 
+def test_a_trip_with_a_lost_sensor_ends_too() -> None:
+    tripped = drive(PI, [90.0] * 10)[-1]
+    assert next_state(PI, tripped, None, 250.0).condition == "tripped"
+    state = next_state(PI, tripped, None, 400.0)
+    assert state.condition == "lost" and state.tripped_s is None and 0 < state.duty <= PI.lost_duty
+
+
+def test_the_duty_of_a_lost_sensor_stays() -> None:
+    """It is what last held the target, at most lost_duty, for as long as it takes."""
+    for celsius, low, high in ((50.0, PI.lost_duty, PI.lost_duty), (75.7, PI.min_duty, 0.6 * PI.lost_duty)):
+        states = drive(PI, [celsius] * 400)[-1:]
+        for i in range(1000):
+            states.append(next_state(PI, states[-1], None, 300.0 + 0.5 * i))
+        (duty,) = {s.duty for s in states[1:]}
+        assert low <= duty <= high and states[-1].condition == "lost"
+
+
+def test_a_clock_that_is_set_back() -> None:
+    cool = drive(PI, [50.0] * 30, start=1e6)[-1]
+    assert cool.duty == 1.0
+    assert drive(PI, [77.0] * 40, cool, 0.0)[-1].duty < 0.3
+
+
 def test_a_trip_lasts_a_while() -> None:
     tripped = drive(PI, [90.0] * 10)[-1]
     assert drive(PI, [40.0] * 5, tripped, 5.0)[-1].condition == "tripped"
