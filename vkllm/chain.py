@@ -115,6 +115,7 @@ class ModelChain:
         self.bytes_per_token = sum(weight_bytes(file, part) for part in graph.parts() if part.weight != "token_embd.weight")
         debug.log(debug.DEVICE, f"{device.info.name}, {self._lower.layout.kind}, activations {self.activations}")
         self._check_memory()
+        self._check_ranges()
         self._buffers: dict[str, Buffer] = {}
         self._recorded: dict[tuple[int, int, bool], Recorded] = {}
         padded = set(graph.buffers) - {graph.logits}  # their padding is read, so it must not hold NaN
@@ -300,6 +301,26 @@ class ModelChain:
                 needed=needed,
                 available=available,
             )
+
+    def _check_ranges(self) -> None:
+        """Refuse before loading a cache, or rows, that reach further than one binding may. (Large weights are read as texels.)
+
+        Raises: ConfigError: naming the option to lower.
+        """
+        limits, texels = self.device.limits, {"rope"} if self._lower.layout.kind == "lane_row" else set()
+        if self.capacity > (rows := limits.max_workgroup_count[2]):
+            raise ConfigError(
+                f"prefill_chunk and n_seq ask for {self.capacity} rows; {self.device.info.name} runs {rows} at a time",
+                hint="lower prefill_chunk, or n_seq",
+            )
+        for name, nbytes in self._lower.buffer_bytes().items():
+            most = limits.max_texel_elements * 16 if name in texels else limits.max_storage_buffer_range
+            if nbytes > most:
+                by_position = name in ("rope", "block_table") or name.startswith(("k.", "v."))
+                raise ConfigError(
+                    f"buffer {name} would take {nbytes >> 20} MiB; {self.device.info.name} reaches {most >> 20} MiB of one",
+                    hint="lower n_ctx, or n_seq" if by_position else "lower prefill_chunk",
+                )
 
     def _load(self, file: GGUFFile) -> None:
         """Weights, vectors and the RoPE table, from the file to the device."""

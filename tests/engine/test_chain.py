@@ -9,6 +9,7 @@ import pytest
 
 from vkllm.chain import ModelChain, Rows, Span
 from vkllm.config import ModelConfig, RuntimeConfig
+from vkllm.errors import ConfigError
 from vkllm.files import resolve_model
 from vkllm.files.gguf import GGUFFile
 from vkllm.kv_cache import BlockPool, BlockTable
@@ -99,6 +100,20 @@ def test_dispatches_a_layer(tiny: GGUFFile) -> None:
     chain = Recorder(tiny, RuntimeConfig(n_ctx=256), "cpu").chain
     assert chain.dispatches_per_layer <= 7
     assert chain.dispatches_per_token <= 7 * chain.graph.config.n_layer + 4
+
+
+@pytest.mark.parametrize("kind", ["cpu", "discrete"])
+@pytest.mark.parametrize(
+    "option, buffer",
+    [({"n_seq": 1 << 12}, "k.0"), ({"prefill_chunk": 1 << 15}, "ffn|logits"), ({"prefill_chunk": 1 << 16}, "65536 rows")],
+)
+def test_what_no_binding_reaches_is_refused_before_loading(
+    tiny: GGUFFile, kind: str, option: dict[str, int], buffer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelChain, "_load", lambda *_: pytest.fail("it began to load"))
+    with pytest.raises(ConfigError, match=buffer) as caught:
+        Recorder(tiny, RuntimeConfig(n_ctx=256, **option), kind)  # type: ignore[arg-type]
+    assert next(iter(option)) in caught.value.hint
 
 
 def test_submits_are_bounded_in_time(tiny: GGUFFile) -> None:
