@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vkllm import debug
 from vkllm.config import RuntimeConfig
-from vkllm.errors import ConfigError, NonFiniteError, OutOfDeviceMemoryError
+from vkllm.errors import ConfigError, NonFiniteError, OutOfDeviceMemoryError, UnsupportedModelError
 from vkllm.files.gguf import GGUFFile
 from vkllm.kernels import Lowering, texel_format
 from vkllm.kv_cache import BlockTable
@@ -303,9 +303,9 @@ class ModelChain:
             )
 
     def _check_ranges(self) -> None:
-        """Refuse before loading a cache, or rows, that reach further than one binding may. (Large weights are read as texels.)
+        """Refuse before loading a matrix, a cache, or rows that reach further than one binding may.
 
-        Raises: ConfigError: naming the option to lower.
+        Raises: UnsupportedModelError: a matrix; ConfigError: the others, naming the option to lower.
         """
         limits, texels = self.device.limits, {"rope"} if self._lower.layout.kind == "lane_row" else set()
         if self.capacity > (rows := limits.max_workgroup_count[2]):
@@ -320,6 +320,13 @@ class ModelChain:
                 raise ConfigError(
                     f"buffer {name} would take {nbytes >> 20} MiB; {self.device.info.name} reaches {most >> 20} MiB of one",
                     hint="lower n_ctx, or n_seq" if by_position else "lower prefill_chunk",
+                )
+        reach = max(limits.max_texel_elements * 16, 0 if texels else limits.max_storage_buffer_range)
+        for matrix in self._lower.matrices:
+            if matrix.nbytes > reach:
+                raise UnsupportedModelError(
+                    f"{matrix.name} takes {matrix.nbytes >> 20} MiB; {self.device.info.name} reaches {reach >> 20} MiB of it",
+                    hint="use a smaller quantization, or another --device",
                 )
 
     def _load(self, file: GGUFFile) -> None:

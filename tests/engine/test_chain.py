@@ -9,13 +9,13 @@ import pytest
 
 from vkllm.chain import ModelChain, Rows, Span
 from vkllm.config import ModelConfig, RuntimeConfig
-from vkllm.errors import ConfigError
+from vkllm.errors import ConfigError, UnsupportedModelError
 from vkllm.files import resolve_model
 from vkllm.files.gguf import GGUFFile
 from vkllm.kv_cache import BlockPool, BlockTable
 from vkllm.models import build_graph
 from vkllm.schedule import Access, Dispatch, Touch, unordered_hazards
-from vkllm.vk import MINIMUM_LIMITS, BarrierCommand, BufferLike, Command, DispatchCommand, NullDevice
+from vkllm.vk import MINIMUM_LIMITS, BarrierCommand, BufferLike, Command, DeviceLimits, DispatchCommand, NullDevice
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class HostRead:
 class Recorder:
     """A model on the null device, and what its chain recorded."""
 
-    def __init__(self, file: GGUFFile, runtime: RuntimeConfig, kind: str) -> None:
-        device = NullDevice(limits=MINIMUM_LIMITS)
+    def __init__(self, file: GGUFFile, runtime: RuntimeConfig, kind: str, limits: DeviceLimits = MINIMUM_LIMITS) -> None:
+        device = NullDevice(limits=limits)
         device.info = replace(device.info, kind=kind)  # type: ignore[arg-type]
         self.device = device
         graph = build_graph(ModelConfig.from_gguf(file), file.tensors)
@@ -114,6 +114,13 @@ def test_what_no_binding_reaches_is_refused_before_loading(
     with pytest.raises(ConfigError, match=buffer) as caught:
         Recorder(tiny, RuntimeConfig(n_ctx=256, **option), kind)  # type: ignore[arg-type]
     assert next(iter(option)) in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", ["cpu", "discrete"])
+def test_a_matrix_that_no_view_reaches_is_refused_by_name(tiny: GGUFFile, kind: str) -> None:
+    small = replace(MINIMUM_LIMITS, max_texel_elements=1 << 14, max_storage_buffer_range=1 << 18)  # the embedding has 2 MiB
+    with pytest.raises(UnsupportedModelError, match=r"token_embd\.weight takes"):
+        Recorder(tiny, RuntimeConfig(n_ctx=64, prefill_chunk=4), kind, small)
 
 
 def test_submits_are_bounded_in_time(tiny: GGUFFile) -> None:
