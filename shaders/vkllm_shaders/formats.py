@@ -325,6 +325,10 @@ class _Q8(Format):
         """u32: the four weights of a slot plus 128."""
         return w.body(4 * (-(-w.rows // 4)) + r * 16 + slot)
 
+    def quad(self, w: StepWeights, pair: int, slot: int, half: int) -> Value:
+        low, high = self.word(w, 2 * pair, slot), self.word(w, 2 * pair + 1, slot)
+        return (low >> 16) | (high & 0xFFFF0000) if half else (low & 0xFFFF) | (high << 16)
+
     def raw_word(self, w: StepWeights, r: int, slot: int, comp: int) -> Value:
         return self.word(w, r, slot)
 

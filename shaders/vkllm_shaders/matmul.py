@@ -332,7 +332,8 @@ class _Body:
         f = self.fmt
         for sub in range(f.n_sub):
             slots = range(sub * SLOTS // f.n_sub, (sub + 1) * SLOTS // f.n_sub)
-            sums = self._pair_products(w, x, slots) if f.pairs else self._dot_products(w, x, slots)
+            in_pairs = f.pairs or self.spec.on_lavapipe
+            sums = self._pair_products(w, x, slots) if in_pairs else self._dot_products(w, x, slots)
             for t in range(self.tile):
                 x_scale = x.scale(t, slots[0])
                 x_sum = x.integer_total(t, slots).to(f32) if f.has_minimum else None
@@ -342,7 +343,7 @@ class _Body:
                     self.acc[t][r].add(value if minimum is None or x_sum is None else value - minimum * (x_scale * x_sum))
 
     def _dot_products(self, w: StepWeights, x: _X, slots: range) -> list[list[Value]]:
-        """Q8_0: four signed bytes at a time."""
+        """Q8_0 on GPUs: four signed bytes at a time."""
         sums: list[list[Value]] = [[] for _ in range(self.tile)]
         for slot in slots:
             words = [w.fmt.word(w, r, slot) ^ 0x80808080 for r in range(self.rows)]  # type: ignore[attr-defined]
@@ -358,27 +359,29 @@ class _Body:
         The sum of the p, which may overflow, and that of the highs give the sum of the lows.
         """
         middle = 1 << (self.fmt.bits - 1)
-        limit = min(len(slots), 32767 // (127 * middle) // 4)  # slots
+        limit = 32767 // (127 * middle)  # weights, at least two
+        n_slot = max(1, min(limit // 4, len(slots)))
+        parts = [(range(i, i + n_slot), range(c, min(4, c + limit))) for i in slots[::n_slot] for c in range(0, 4, limit)]
         words: list[list[Value]] = [[] for _ in range(self.tile)]
         highs: list[list[Value]] = [[] for _ in range(self.tile)]
-        for first in range(slots[0], slots[-1] + 1, limit):
-            part = range(first, first + limit)
+        for some, comps in parts:
             packed: list[list[Value]] = [[] for _ in range(self.tile)]
-            for slot, comp in [(slot, comp) for slot in part for comp in range(4)]:
+            for slot, comp in [(slot, comp) for slot in some for comp in comps]:
                 both = [w.both(pair, slot, comp) for pair in range(self.rows // 2)]
                 for t in range(self.tile):
                     xs = x.integer(t, slot, comp)
                     packed[t] = added(packed[t], [v * xs for v in both])
             for t in range(self.tile):
-                offset = x.integer_total(t, part) * (middle * 0x10001)
+                offset = x.integer_total(t, some, comps) * (middle * 0x10001)
                 packed[t] = [p - offset for p in packed[t]]
                 highs[t] = added(highs[t], [(p + 0x8000) >> 16 for p in packed[t]])
                 words[t] = added(words[t], packed[t])
-        sums = [
-            [v for p, high in zip(*of, strict=True) for v in (p - (high << 16), high)] for of in zip(words, highs, strict=True)
-        ]
         rest = middle - self.fmt.zero
-        return [[v + x.integer_total(t, slots) * rest for v in token] for t, token in enumerate(sums)] if rest else sums
+        sums: list[list[Value]] = []
+        for t in range(self.tile):
+            centered = [v for p, high in zip(words[t], highs[t], strict=True) for v in (p - (high << 16), high)]
+            sums.append([v + x.integer_total(t, slots) * rest for v in centered] if rest else centered)
+        return sums
 
 
 def added(sums: list[Value], values: list[Value]) -> list[Value]:
@@ -419,11 +422,11 @@ class _X:
         raise NotImplementedError
 
     def integer_word(self, t: int, slot: int) -> Value:
-        """u32: a slot's four integers as signed bytes."""
+        """u32: a slot's four integers as signed bytes (lane_chunk)."""
         raise NotImplementedError
 
-    def integer_total(self, t: int, slots: range) -> Value:
-        """i32: their sum over slots of one group."""
+    def integer_total(self, t: int, slots: range, comps: range = range(4)) -> Value:
+        """i32: the sum of some components over slots of one group."""
         raise NotImplementedError
 
     def _largest(self, v: Value) -> Value:
@@ -461,7 +464,6 @@ class _LaneRowX(_X):
                 self.raw[t].append(x)
                 self.scaled[t].append(x if norm is None else x * norm)
         self.sums: dict[tuple[int, int], Value] = {}
-        self.words: dict[tuple[int, int], Value] = {}
         self.scales: dict[tuple[int, int], Value] = {}
         self.quantized: list[list[list[Value]]] = []
         if body.spec.activations == "int8" and body.fmt.n_sub:
@@ -488,15 +490,9 @@ class _LaneRowX(_X):
         s = self.body.spec.lanes
         return self.b.subgroup_shuffle(self.quantized[t][slot // s][comp], slot % s)
 
-    def integer_word(self, t: int, slot: int) -> Value:
+    def integer_total(self, t: int, slots: range, comps: range = range(4)) -> Value:
         s = self.body.spec.lanes
-        if (t, slot // s) not in self.words:
-            self.words[t, slot // s] = self._bytes(self.quantized[t][slot // s])
-        return self.b.subgroup_shuffle(self.words[t, slot // s], slot % s)
-
-    def integer_total(self, t: int, slots: range) -> Value:
-        s = self.body.spec.lanes
-        lane_sum = tree_sum(self.quantized[t][slots[0] // s])
+        lane_sum = tree_sum([self.quantized[t][slots[0] // s][comp] for comp in comps])
         return tree_sum([self.b.subgroup_shuffle(lane_sum, slot % s) for slot in slots])
 
     def value(self, t: int, slot: int, comp: int) -> Value:
@@ -568,8 +564,8 @@ class _LaneChunkX(_X):
     def integer_word(self, t: int, slot: int) -> Value:
         return self._bytes(self._group(t, slot)[1][slot % GROUP])
 
-    def integer_total(self, t: int, slots: range) -> Value:
-        return tree_sum([self.integer(t, slot, comp) for slot in slots for comp in range(4)])
+    def integer_total(self, t: int, slots: range, comps: range = range(4)) -> Value:
+        return tree_sum([self.integer(t, slot, comp) for slot in slots for comp in comps])
 
 
 def tree_sum(values: Sequence[Value]) -> Value:

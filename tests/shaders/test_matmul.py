@@ -188,6 +188,23 @@ def test_int8_activations_are_as_good_as_llama_cpp(fmt: str, tile: int, kind: st
     case.check(max_nmse=1.2 * error)
 
 
+@pytest.mark.parametrize("tile", [1, 4])
+@pytest.mark.parametrize("fmt", ["Q4_0", "Q5_0", "Q8_0"])
+@pytest.mark.parametrize("byte", [0x00, 0xFF, 0x80, 0x7F])
+def test_int8_sums_of_extremes_do_not_overflow(byte: int, fmt: str, tile: int) -> None:
+    f, spec = FORMATS[fmt], spec_of(fmt, "lane_row", tile=tile, activations="int8")
+    case = Case(spec, (100,), 256, 5)
+    blocks = np.full((100, 8, f.block_bytes), byte, np.uint8)
+    blocks[::3, :, 2:] ^= 0xFF  # rows of both signs share a word
+    blocks[..., :2] = np.array([1.0], np.float16).view(np.uint8)
+    flat = blocks.reshape(100, -1)
+    pack(f, flat, 256, spec.layout, case.buffers["w"].view(np.uint8).reshape(-1))
+    case.x = np.where(np.arange(5)[:, None] % 2, 1.0, -1.0) * np.ones(256)
+    case.buffers["x"][:5] = case.x
+    case.y = linear(dequantize(fmt, flat), case.x)
+    case.check()
+
+
 def test_int8_activations_hide_no_nan() -> None:
     case = Case(spec_of("Q4_0", "lane_row", activations="int8"), (40,), 64, 1)
     for bad in (np.nan, np.inf):
