@@ -20,6 +20,15 @@ ROPE_PAIRING: dict[str, RopePairing] = {"llama": "interleaved", "qwen2": "half"}
 """Supported architectures, and how each pairs the dimensions that RoPE rotates: (2i, 2i+1) or (i, i + rope_dim/2)."""
 
 
+NEUTRAL: dict[str, tuple[float, ...]] = {
+    "attention.causal": (1,),
+    **dict.fromkeys(("attention.clamp_kqv", "attention.max_alibi_bias", "attention.scale"), (0,)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (0,)),
+    **dict.fromkeys(("logit_scale", "embedding_scale", "residual_scale"), (0, 1)),
+}
+"""Keys that other models use to change the arithmetic, and the values with which they change nothing."""
+
+
 class GGUFLike(Protocol):
     """What `ModelConfig.from_gguf` needs of a file."""
 
@@ -134,6 +143,13 @@ def _refuse_unsupported(meta: _Metadata, arch: str) -> None:
         raise UnsupportedModelError(f"{arch}.rope.scaling.type is {scaling!r}", hint="use a model without RoPE scaling")
     if meta.positive(f"{arch}.rope.scale_linear", 1.0) != 1.0:
         raise UnsupportedModelError(f"{arch}.rope.scale_linear is not 1", hint="use a model without RoPE scaling")
+    for suffix, values in NEUTRAL.items():
+        value = meta.pairs.get(f"{arch}.{suffix}")
+        if value is not None and value not in values:
+            raise UnsupportedModelError(f"{arch}.{suffix} is {value}", hint="this variant of the architecture cannot be run")
+    window = meta.integer(f"{arch}.attention.sliding_window", 0, least=0)
+    if 0 < window < meta.integer(f"{arch}.context_length"):
+        raise UnsupportedModelError(f"{arch}.attention.sliding_window is {window}", hint="use a model with full attention")
     n_expert = meta.integer(f"{arch}.expert_count", 0, least=0)
     if n_expert:
         raise UnsupportedModelError(f"{arch}.expert_count is {n_expert}: a mixture of experts", hint="use a dense model")

@@ -40,7 +40,8 @@ def test_defaults() -> None:
     c = ModelConfig.from_gguf(metadata())
     assert (c.head_dim, c.rope_dim, c.rope_theta, c.rope_pairing, c.name, c.file_type) == (8, 8, 10000.0, "interleaved", "", None)
     unscaled = {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}
-    assert ModelConfig.from_gguf(metadata(**unscaled)) == c
+    neutral = {"attention.causal": True, "attention.sliding_window": 512, "logit_scale": 1.0, "attention.clamp_kqv": 0.0}
+    assert ModelConfig.from_gguf(metadata(**unscaled, **neutral)) == c
     assert ModelConfig.from_gguf(metadata("qwen2")).rope_pairing == "half"
     assert ModelConfig.from_gguf(metadata(**{"attention.head_count_kv": None})).n_kv_head == 8
     assert ModelConfig.from_gguf(metadata(**{"attention.key_length": 16, "attention.value_length": 16})).head_dim == 16
@@ -85,6 +86,11 @@ def test_contradictions(changes: dict[str, object], message: str) -> None:
         ({"rope.scale_linear": 4.0}, "scale_linear"),
         ({"expert_count": 8}, "mixture"),
         ({"attention.key_length": 16, "attention.value_length": 8}, "value_length"),
+        ({"attention.causal": False}, "causal is False"),
+        ({"attention.sliding_window": 511}, "sliding_window is 511"),
+        ({"attention.scale": 0.5}, "attention.scale is 0.5"),
+        ({"final_logit_softcapping": 30.0}, "softcapping is 30"),
+        ({"residual_scale": 0.22}, "residual_scale is 0.22"),
     ],
 )
 def test_unsupported_models_are_refused(changes: dict[str, object], message: str) -> None:
