@@ -45,7 +45,8 @@ class ThermalPacer:
         self._interval_s, self._clock, self._lock, self._stop = interval_s, clock, threading.Lock(), threading.Event()
         self._state = initial_state(self.config)
         self._reading: Reading | None = None
-        self._busy_s, self._since_s = 0.0, clock()
+        self.throttle_s = 0.0  # time in which the device slowed itself down, as far as readings show it
+        self._busy_s, self._since_s, self._polled_s = 0.0, clock(), clock()
         self._thread = threading.Thread(target=self._watch, name="vkllm-homeostasis", daemon=True)
         if start:
             self._thread.start()
@@ -87,6 +88,9 @@ class ThermalPacer:
             now = self._clock()
             if reading is not None and reading.busy is None:
                 reading = replace(reading, busy=self._busy(now))
+            if reading is not None and reading.throttle:
+                self.throttle_s += max(0.0, now - self._polled_s)
+            self._polled_s = now
             self._reading = reading or self._reading
             self._state = next_state(self.config, self._state, reading, now)
             self.history.append((self._state, reading))

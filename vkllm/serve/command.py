@@ -181,7 +181,6 @@ def paced(engine: LLMEngine, config: HomeostasisConfig) -> Iterator[HomeostasisP
         yield None
         return
     pacer = HomeostasisPacer(sensor, replace(config, max_batch=engine.chain.capacity))
-    pacer.start()
     log.info("holding %s at %g °C (%s)", sensor.name, config.target_c, config.mode)
     try:
         yield pacer
