@@ -307,7 +307,7 @@ class Device:
         if nbytes > available:
             raise OutOfDeviceMemoryError(
                 f"{what} needs {size_text(nbytes)} on {self.info.name}, {size_text(available)} available",
-                "use a smaller model, a shorter context (--ctx) or another device",
+                "use a smaller model, a shorter context (--n-ctx) or another device",
                 needed=nbytes,
                 available=available,
             )
