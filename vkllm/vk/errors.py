@@ -44,7 +44,7 @@ def raise_typed(error: Exception, doing: str, available: Callable[[], int] | Non
         if needed:
             text += f"; needed {size_text(needed)}" + (f", {size_text(free)} available" if free is not None else "")
         raise OutOfDeviceMemoryError(
-            text, "use a smaller model, a shorter context (--ctx) or another device", needed=needed, available=free
+            text, "use a smaller model, a shorter context (--n-ctx) or another device", needed=needed, available=free
         ) from None
     if result == -4:
         raise DeviceLostError(
