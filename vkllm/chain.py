@@ -21,7 +21,7 @@ from vkllm.files.gguf import GGUFFile
 from vkllm.kernels import Lowering, texel_format
 from vkllm.kv_cache import BlockTable
 from vkllm.packing import load_weights
-from vkllm.plan import Graph
+from vkllm.plan import Graph, Linear, Qkv
 from vkllm.rope import rope_table
 from vkllm.schedule import Barrier, Dispatch, Step, cut, order
 from vkllm.vk import Binding, Buffer, Device, Pipeline, Recording
@@ -79,9 +79,13 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The greedy token of each output row, u32 [n_output]. `logits()`, valid until the next step: f32 [n_output, n_vocab]."""
+    """The greedy token of each output row and the count of its non-finite logits, u32 [n_output].
+
+    `logits()`, valid until the next step: f32 [n_output, n_vocab].
+    """
 
     tokens: NDArray[np.uint32]
+    non_finite: NDArray[np.uint32]
     logits: Callable[[], NDArray[np.float32]]
 
 
@@ -112,7 +116,8 @@ class ModelChain:
         self._lower = Lowering(graph, file, device.info, runtime, self.n_ctx, self.n_block)
         self.capacity = self._lower.capacity
         self.activations = self._lower.activations
-        self.bytes_per_token = sum(weight_bytes(file, part) for part in graph.parts() if part.weight != "token_embd.weight")
+        multiplied = [part for op in graph.ops if isinstance(op, Linear | Qkv) for part in op.parts]
+        self.bytes_per_token = sum(weight_bytes(file, part) for part in multiplied)
         debug.log(debug.DEVICE, f"{device.info.name}, {self._lower.layout.kind}, activations {self.activations}")
         self._check_memory()
         self._check_ranges()
@@ -152,7 +157,7 @@ class ModelChain:
         Raises: NonFiniteError: NaN or infinity in the result, naming the first op that made one; DeviceLostError.
         """
         output = self._replay(rows, watch)
-        if watch is None and not self._finite(rows):
+        if watch is None and not self._finite(rows, output):
             self._name_non_finite(rows)
         return output
 
@@ -165,11 +170,10 @@ class ModelChain:
             recording.run()
             if debug.LEVEL >= debug.DISPATCHES:
                 self._log_times(recorded.dispatches(i), recording)
-            op = recorded.dispatches(i)[-1].op
-            if watch is not None and (name := self._lower.output_of(op)) is not None:
+            if watch is not None and (name := self._lower.output_of(op := recorded.dispatches(i)[-1].op)) is not None:
                 watch(op, self._rows_of(name, n_out if self.graph.buffers[name].per_output else n_row))
         greedy = self._buffers["argmax"].read(n_out * 16, dtype=np.uint32).reshape(n_out, 4)
-        return Output(greedy[:, 0], lambda: self._rows_of(self.graph.logits, n_out))
+        return Output(greedy[:, 0], greedy[:, 2], lambda: self._rows_of(self.graph.logits, n_out))
 
     def _log_times(self, dispatches: Sequence[Dispatch], recording: Recording) -> None:
         """µs and weight bandwidth of every dispatch of a recording's last run."""
@@ -189,11 +193,10 @@ class ModelChain:
         flat = self._buffers[name].read(n_row * stride * 4, dtype=np.float32)
         return flat.reshape(n_row, stride)[:, : self.graph.buffers[name].n_col]
 
-    def _finite(self, rows: Rows) -> bool:
+    def _finite(self, rows: Rows, output: Output) -> bool:
         """No NaN, no infinity? The device counts them in the logits; where none are wanted we look at the residual."""
-        n_out = len(rows.output_rows)
-        if n_out:
-            return not self._buffers["argmax"].read(n_out * 16, dtype=np.uint32).reshape(n_out, 4)[:, 2].any()
+        if len(rows.output_rows):
+            return not output.non_finite.any()
         return bool(np.isfinite(self._rows_of(self.graph.residual, len(rows.token_ids))).all())
 
     def _name_non_finite(self, rows: Rows) -> None:

@@ -127,3 +127,9 @@ def test_submits_are_bounded_in_time(tiny: GGUFFile) -> None:
     recorder = Recorder(tiny, RuntimeConfig(n_ctx=256, submit_ms=0.1), "cpu")
     recorder.forward(1)
     assert len(recorder.device.recordings) > 2
+
+
+def test_bytes_a_token_count_a_tied_head(tiny: GGUFFile) -> None:
+    chain = Recorder(tiny, RuntimeConfig(n_ctx=256), "cpu").chain
+    assert "output.weight" not in tiny.tensors
+    assert chain.bytes_per_token == sum(t.nbytes for t in tiny.tensors.values() if len(t.shape) == 2)
