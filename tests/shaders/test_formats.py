@@ -46,6 +46,12 @@ class Number:
     def __or__(self, o: Any) -> Number:
         return Number(self.a | self._other(o))
 
+    def __xor__(self, o: Any) -> Number:
+        return Number(self.a ^ self._other(o))
+
+    def __invert__(self) -> Number:
+        return Number(~self.a)
+
     def __lshift__(self, o: Any) -> Number:
         return Number(self.a << self._other(o))
 
@@ -82,10 +88,13 @@ def random_blocks(fmt: str, n_row: int, n_col: int, seed: int = 0) -> np.ndarray
             return np.ascontiguousarray((values.view(np.uint32) >> 16).astype(np.uint16)).view(np.uint8)
         return values.astype(np.float16 if fmt == "F16" else np.float32).view(np.uint8)
     blocks = rng.integers(0, 256, (n_row, n_col // f.block, f.block_bytes), dtype=np.uint8)
-    at = {"Q6_K": 208}.get(fmt, 0)
-    for i in range(2 if f.has_minimum else 1):
-        d = rng.uniform(-0.02, 0.02, blocks.shape[:2]).astype(np.float16)
-        blocks[..., at + 2 * i : at + 2 * i + 2] = d[..., None].view(np.uint8)
+    if fmt == "MXFP4":
+        blocks[..., 0] = rng.integers(119, 123, blocks.shape[:2])
+    else:
+        at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(fmt, 0)
+        for i in range(2 if f.has_minimum else 1):
+            d = rng.uniform(-0.02, 0.02, blocks.shape[:2]).astype(np.float16)
+            blocks[..., at + 2 * i : at + 2 * i + 2] = d[..., None].view(np.uint8)
     return blocks.reshape(n_row, -1)
 
 
@@ -106,9 +115,7 @@ def unpack(fmt: str, packed: np.ndarray, n_row: int, n_col: int, layout: Layout)
     at = out.reshape(g, rows, s, c, f.chunk)
     for step in range(f.steps):
         head, body = heads, bodies[:, :, step]
-        w = StepWeights(
-            f, Numpy(), lambda j, h=head: Number(h[..., j, :]), lambda j, d=body: Number(d[..., j, :]), rows, step
-        )
+        w = StepWeights(f, Numpy(), lambda j, h=head: Number(h[..., j, :]), lambda j, d=body: Number(d[..., j, :]), rows, step)
         for r in range(rows):
             for slot in range(SLOTS):
                 sub = slot * f.n_sub // SLOTS
@@ -169,6 +176,21 @@ def test_row_orders(pairing: str) -> None:
     assert list(up[:20]) == list(range(20, 40))
     assert np.all(gate[20:] == -1)
     assert list(pack_vector(np.arange(3, dtype=np.float32), np.array([2, -1, 0]))) == [2, 0, 0]
+
+
+def test_every_scale_of_mxfp4_comes_back() -> None:
+    blocks = np.random.default_rng(0).integers(0, 256, (256, 17), dtype=np.uint8)
+    blocks[:, 0] = np.arange(256).clip(max=251)  # 12 times the next is no f32
+    for layout in (LANE_ROW, LANE_CHUNK):
+        out = np.zeros(packed_nbytes("MXFP4", 256, 32, layout), np.uint8)
+        pack("MXFP4", blocks, 32, layout, out)
+        np.testing.assert_array_equal(unpack("MXFP4", out, 256, 32, layout), dequantize("MXFP4", blocks))
+
+
+@pytest.mark.parametrize("layout", [LANE_ROW, Layout("lane_chunk", 1, 4)], ids=str)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_packed_weights_are_hardly_larger_than_the_file(fmt: str, layout: Layout) -> None:
+    assert packed_nbytes(fmt, 1024, 1024, layout) <= 1.06 * 1024 * FORMATS[fmt].row_bytes(1024)
 
 
 def test_unknown_formats_and_sizes_are_refused_by_name() -> None:

@@ -189,7 +189,7 @@ def test_int8_activations_are_as_good_as_llama_cpp(fmt: str, tile: int, kind: st
 
 
 @pytest.mark.parametrize("tile", [1, 4])
-@pytest.mark.parametrize("fmt", ["Q4_0", "Q5_0", "Q8_0"])
+@pytest.mark.parametrize("fmt", ["Q4_0", "Q5_0", "Q8_0", "IQ4_NL"])
 @pytest.mark.parametrize("byte", [0x00, 0xFF, 0x80, 0x7F])
 def test_int8_sums_of_extremes_do_not_overflow(byte: int, fmt: str, tile: int) -> None:
     f, spec = FORMATS[fmt], spec_of(fmt, "lane_row", tile=tile, activations="int8")

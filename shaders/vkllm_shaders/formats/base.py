@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from vkllm_codegen.errors import KernelError
 U16 = NDArray[np.uint16]
 U32 = NDArray[np.uint32]
 Load = Callable[[int], Value]
+Kept = TypeVar("Kept")
 
 STEP = 64  # weights of a row in a step
 SLOTS = 16  # texels of x in a step
@@ -30,13 +31,14 @@ class StepWeights:
     def __init__(self, fmt: Format, b: Block, head: Load, body: Load, rows: int, step: Value | int) -> None:
         self.fmt, self.b, self.rows, self.step = fmt, b, rows, step
         self._head, self._body = head, body
-        self._kept: dict[Any, Value] = {}
+        self._kept: dict[Any, Any] = {}
 
-    def keep(self, key: Any, make: Callable[[], Value]) -> Value:
+    def keep(self, key: Any, make: Callable[[], Kept]) -> Kept:
         """`make()`, once for each key."""
         if key not in self._kept:
             self._kept[key] = make()
-        return self._kept[key]
+        kept: Kept = self._kept[key]
+        return kept
 
     def body(self, word: int) -> Value:
         """Word of the step's texels."""
@@ -91,6 +93,11 @@ class Format:
     bits: int = 0
     has_minimum: bool = False
     pairs: bool = False
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of the fewest whole blocks that are made of u16."""
+        return self.block_bytes * (1 + self.block_bytes % 2)
 
     @property
     def steps(self) -> int:
@@ -162,7 +169,7 @@ class Format:
     def pack(self, rows: U16, head: U32, body: U32) -> None:
         """Fill the texels (zero before) of some row groups.
 
-        Args: rows [group, row, lane, chunk, block, u16 of a block]; head [group, chunk, n_head, lane, 4];
+        Args: rows [group, row, lane, chunk, unit, u16 of a unit]; head [group, chunk, n_head, lane, 4];
             body [group, chunk, step, n_body, lane, 4].
         """
         raise NotImplementedError

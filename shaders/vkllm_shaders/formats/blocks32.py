@@ -6,7 +6,7 @@ import numpy as np
 
 from vkllm_codegen import Value, f32, i32
 from vkllm_shaders.formats.base import U16, U32, Format, StepWeights
-from vkllm_shaders.formats.words import fifth_bits, nibbles, put_texels, put_words, two_rows
+from vkllm_shaders.formats.words import bit_of_bytes, nibbles, put_texels, put_words, two_rows
 
 
 class Nibble32(Format):
@@ -36,7 +36,7 @@ class Nibble32(Format):
         q = nibbles(w, 4 * self._nibbles(w.rows) + (pair * 2 + block) * 8 + i, high)
         if not self.five:
             return q
-        return q | fifth_bits(w.body(4 * (self._fifths(w.rows) + pair) + block * 2 + i // 4), i % 4 * 2 + high)
+        return q | bit_of_bytes(w.body(4 * (self._fifths(w.rows) + pair) + block * 2 + i // 4), i % 4 * 2 + high, 4)
 
     def pack(self, rows: U16, head: U32, body: U32) -> None:
         r, n = rows.shape[1], rows.shape[4]
@@ -46,7 +46,7 @@ class Nibble32(Format):
             put_words(halves, body[:, :, i * self._scale_texels(r) :])
         words = two_rows(rows)
         if self.five:
-            # Bits of qh: 16 * high + weight. Word f of a block holds weights 8f … of both halves; see fifth_bits for its bytes.
+            # Bits of qh: 16 * high + weight. Word f of a block holds weights 8f … of both halves; see bit_of_bytes for its bytes.
             low, high = words[..., first], words[..., first + 1]
             first += 2
             even = (low & 0x55555555) | ((high & 0x55555555) << 1)

@@ -76,7 +76,7 @@ def pack(
 
 
 def _gather(parts: Sequence[NDArray[np.uint8]], order: NDArray[np.integer[Any]], f: Format, n_col: int) -> U16:
-    """Rows of the file in packed order, zero-padded to whole chunks: u16 [rows, chunks, blocks a chunk, words of a block]."""
+    """Rows of the file in packed order, zero-padded to whole chunks: u16 [rows, chunks, units a chunk, words of a unit]."""
     used, n_chunk = f.row_bytes(n_col), f.n_chunk(n_col)
     rows = np.zeros((len(order), n_chunk * (f.chunk // f.block) * f.block_bytes), np.uint8)
     start = 0
@@ -90,7 +90,7 @@ def _gather(parts: Sequence[NDArray[np.uint8]], order: NDArray[np.integer[Any]],
             for target, source in zip(at.tolist(), index[at].tolist(), strict=True):
                 rows[target, :used] = part[source]
         start += len(part)
-    return rows.view(np.uint16).reshape(len(order), n_chunk, f.chunk // f.block, f.block_bytes // 2)
+    return rows.view(np.uint16).reshape(len(order), n_chunk, -1, f.unit_bytes // 2)
 
 
 def _pack_slab(f: Format, rows: U16, n_col: int, layout: Layout) -> U32:

@@ -53,6 +53,6 @@ def nibbles(w: StepWeights, word: int, high: int) -> Value:
     return ((q >> 4) if high else q) & 0x0F0F0F0F
 
 
-def fifth_bits(word: Value, index: int) -> Value:
-    """Bit `index` (0 … 7) of each byte, moved to bit 4."""
-    return ((word << (4 - index)) if index < 4 else (word >> (index - 4))) & 0x10101010
+def bit_of_bytes(word: Value, index: int, place: int) -> Value:
+    """Bit `index` of each byte, moved to bit `place`."""
+    return ((word << (place - index)) if index < place else (word >> (index - place))) & (0x01010101 << place)

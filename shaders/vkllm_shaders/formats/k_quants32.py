@@ -1,4 +1,4 @@
-"""Formats of 256 weights a block, with scales of few bits inside: Q4_K, Q5_K, Q6_K."""
+"""Formats of 256 weights a block with a scale of few bits for every 32: Q4_K, Q5_K."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from vkllm_codegen import Value, f32, i32
 from vkllm_shaders.formats.base import U16, U32, Format, StepWeights
-from vkllm_shaders.formats.words import fifth_bits, nibbles, put_steps, put_texels, two_rows
+from vkllm_shaders.formats.words import bit_of_bytes, nibbles, put_steps, put_texels, two_rows
 
 
 class KNibble(Format):
@@ -45,7 +45,7 @@ class KNibble(Format):
     def quad(self, w: StepWeights, pair: int, slot: int, half: int) -> Value:
         high, m = slot // 8, slot % 8 * 2 + half
         q = nibbles(w, 4 * self._fifths(w.rows) + pair * 16 + m, high)
-        return q | fifth_bits(w.body(4 * pair + m // 4), m % 4 * 2 + high) if self.bits == 5 else q
+        return q | bit_of_bytes(w.body(4 * pair + m // 4), m % 4 * 2 + high, 4) if self.bits == 5 else q
 
     def pack(self, rows: U16, head: U32, body: U32) -> None:
         put_texels(rows[..., :8].view(np.uint32), head)
@@ -63,46 +63,3 @@ def _transpose_fields(qh: U32) -> U32:
         for i in range(4):
             out[..., step, :] |= ((words[..., i] >> (2 * step)) & 0x03030303) << (2 * i)
     return out
-
-
-class Q6K(Format):
-    """Q6_K. Head: 16 signed scales a row, then d. Body: upper bits, nibbles. A step: 16 weights of each quarter of a half."""
-
-    def n_head(self, rows: int) -> int:
-        return rows + -(-rows // 8)
-
-    def n_body(self, rows: int) -> int:
-        return 3 * rows
-
-    def texel(self, step: Value | int, slot: Value | int) -> Value | int:
-        return (step >> 1) * 32 + (step & 1) * 4 + (slot >> 2) * 8 + (slot & 3)
-
-    def scale(self, w: StepWeights, r: int, sub: int) -> Value:
-        d = w.keep(("d", r), lambda: w.half(w.head(4 * w.rows + r // 2), r % 2))
-
-        def four() -> Value:
-            """The word of quarters 0 and 1, or of 2 and 3: byte 2 * (quarter % 2) + (step & 1) counts."""
-            words = [w.head(4 * r + i + sub // 2) for i in (0, 2)]
-            word = words[w.step >> 1] if isinstance(w.step, int) else w.b.select(w.step < 2, words[0], words[1])
-            return word << (8 - (w.step & 1) * 8)
-
-        word = w.keep(("six", r, sub // 2), four)
-        return d * (((word << 16) if sub % 2 == 0 else word).bitcast(i32) >> 24).to(f32)
-
-    def quad(self, w: StepWeights, pair: int, slot: int, half: int) -> Value:
-        quarter, m = slot // 4, slot % 4 * 2 + half
-        upper = w.body(8 * pair + m)
-        upper = upper << (4 - 2 * quarter) if quarter < 2 else upper >> (2 * quarter - 4) if quarter > 2 else upper
-        return nibbles(w, 4 * w.rows + pair * 16 + quarter % 2 * 8 + m, quarter // 2) | (upper & 0x30303030)
-
-    def pack(self, rows: U16, head: U32, body: U32) -> None:
-        r, block = rows.shape[1], rows[..., 0, :]
-        put_texels(rows[..., 96:104].view(np.uint32), head[:, :, :r])
-        last = head.view(np.uint16)[:, :, r:]  # eight f16 a texel
-        for i in range(r):
-            last[:, :, i // 8, :, i % 8] = block[:, i, :, :, 104].swapaxes(1, 2)
-        words = two_rows(rows)[..., 0, :]
-        outer = words.shape[:4]
-        low = words[..., :64].reshape(*outer, 2, 2, 2, 8).swapaxes(5, 6)  # to (half, step, quarter % 2, 8)
-        put_steps(words[..., 64:96].reshape(*outer, 4, 8), body[:, :, :, :r])
-        put_steps(low.reshape(*outer, 4, 16), body[:, :, :, r:])
