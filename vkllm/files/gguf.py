@@ -13,8 +13,6 @@ import math
 import mmap
 import struct
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,7 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vkllm.errors import FileFormatError, UnsupportedQuantError
+from vkllm.files.mapped import DAMAGED as _DAMAGED
+from vkllm.files.mapped import MappedFile
+from vkllm.files.model_file import TensorInfo
 from vkllm.files.types import TYPES_BY_ID, TypeInfo
+
+__all__ = ["GGUFFile", "TensorInfo"]
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -49,18 +52,6 @@ SCALARS: dict[int, struct.Struct] = {
     12: struct.Struct("<d"),
 }
 _U32, _U64 = SCALARS[4], SCALARS[10]
-_DAMAGED = "the file is damaged or incomplete: download or convert it again"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """A tensor of the file. `shape` has the slowest dimension first; `offset` counts from the start of the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    offset: int
-    nbytes: int
 
 
 class _Cursor:
@@ -246,16 +237,17 @@ def _check_places(tensors: Mapping[str, TensorInfo], file_bytes: int) -> None:
 
 
 class GGUFFile:
-    """An open GGUF file. Make one with `open`; use it as a context manager, or call `close`."""
+    """An open GGUF file. Make one with `open`; use it as a context manager, or call `close`. Of a split model it is one part."""
 
     def __init__(
-        self, path: Path, version: int, metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo], buf: mmap.mmap
+        self, mapped: MappedFile, version: int, metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]
     ) -> None:
-        self.path = path
+        self.path = mapped.path
         self.version = version
+        self.nbytes = mapped.nbytes
         self.metadata: Mapping[str, object] = MappingProxyType(dict(metadata))
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
-        self._map: mmap.mmap | None = buf
+        self._mapped = mapped
 
     @classmethod
     def open(cls, path: str | Path) -> GGUFFile:
@@ -263,22 +255,20 @@ class GGUFFile:
 
         Raises: FileFormatError: no such file, or not a sound GGUF file; UnsupportedQuantError: an unknown tensor type.
         """
-        path = Path(path)
+        mapped = MappedFile(Path(path))
         try:
-            with path.open("rb") as f:
-                buf = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as e:
-            raise FileFormatError(f"cannot open {path}: {e.strerror}", hint="check the path and its permissions") from e
-        except ValueError:
-            raise FileFormatError(f"{path} is empty", hint=_DAMAGED) from None
-        try:
-            cur = _Cursor(buf)
+            cur = _Cursor(mapped.buf)
             version, n_tensor, n_pair = _header(cur)
             metadata = _metadata(cur, n_pair)
-            return cls(path, version, metadata, _tensors(cur, n_tensor, _alignment(metadata)), buf)
+            return cls(mapped, version, metadata, _tensors(cur, n_tensor, _alignment(metadata)))
         except BaseException:
-            buf.close()
+            mapped.close()
             raise
+
+    @property
+    def format(self) -> str:
+        """Format and version, for people."""
+        return f"GGUF v{self.version}"
 
     def data(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a tensor: a read-only view of the map, uint8 [n_row, row_bytes].
@@ -287,22 +277,16 @@ class GGUFFile:
         """
         t = self._info(name)
         n_row = math.prod(t.shape[:-1])
-        return np.frombuffer(self._open_map(), np.uint8, t.nbytes, t.offset).reshape(n_row, t.nbytes // n_row)
+        return self._mapped.view(t.offset, t.nbytes).reshape(n_row, t.nbytes // n_row)
 
     def release(self, name: str) -> None:
         """Tell the kernel that the pages of a tensor will not be needed soon. Views stay valid."""
-        t, page = self._info(name), mmap.PAGESIZE
-        start = -(-t.offset // page) * page
-        length = (t.offset + t.nbytes) // page * page - start
-        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            self._open_map().madvise(mmap.MADV_DONTNEED, start, length)
+        t = self._info(name)
+        self._mapped.release(t.offset, t.nbytes)
 
     def close(self) -> None:
         """Unmap the file. Where views of it are still alive, the map goes with the last of them."""
-        buf, self._map = self._map, None
-        if buf is not None:
-            with suppress(BufferError):  # a view holds the map; it is freed with the view
-                buf.close()
+        self._mapped.close()
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -317,8 +301,3 @@ class GGUFFile:
                 f"{self.path.name} holds no tensor {name}", hint="the file is incomplete or of another architecture"
             )
         return info
-
-    def _open_map(self) -> mmap.mmap:
-        if self._map is None:
-            raise FileFormatError(f"{self.path.name} is closed", hint="read tensors before the file is closed")
-        return self._map
