@@ -12,8 +12,7 @@ import numpy as np
 from vkllm.config import ModelConfig, RuntimeConfig
 from vkllm.engine import LLMEngine
 from vkllm.errors import RequestError
-from vkllm.files import resolve_model
-from vkllm.files.gguf import GGUFFile
+from vkllm.files import open_model
 from vkllm.sampler import SamplingParams
 
 
@@ -88,7 +87,7 @@ def benchmark(model: str, runtime: RuntimeConfig, n_prompt: int, n_generate: int
             load_s=engine.load_s,
             ttft_s=ttft_s,
             rss_bytes=rss_bytes(),
-            file_bytes=engine.file.path.stat().st_size,
+            file_bytes=engine.file.nbytes,
             dispatches_per_token=engine.chain.dispatches_per_token,
             dispatches_per_layer=engine.chain.dispatches_per_layer,
             busy=max(0.0, (busy1 - busy0) - (own1 - own0)) / wall,
@@ -97,7 +96,7 @@ def benchmark(model: str, runtime: RuntimeConfig, n_prompt: int, n_generate: int
 
 def _context(model: str, runtime: RuntimeConfig, need: int) -> int:
     """The context to allocate: as asked for, else what the runs need and 512 at least, within what the model knows."""
-    with GGUFFile.open(resolve_model(model)) as file:
+    with open_model(model) as file:
         trained = ModelConfig.from_gguf(file).n_ctx
     n_ctx = runtime.n_ctx or min(max(need, 512), trained)
     if need > n_ctx:

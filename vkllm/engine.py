@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from vkllm.chain import ModelChain, Output, Rows, Span
 from vkllm.config import ModelConfig, RuntimeConfig
 from vkllm.errors import ContextTooLongError, RequestError
-from vkllm.files import resolve_model
-from vkllm.files.gguf import GGUFFile
+from vkllm.files import open_model
+from vkllm.files.model_file import ModelFile
 from vkllm.kv_cache import BlockPool, BlockTable
 from vkllm.models import build_graph
 from vkllm.sampler import Sampler, SamplingParams, StopMatcher
@@ -71,7 +71,7 @@ class StreamEvent:
 class LLMEngine:
     """A loaded model on a device. Make one with `init_model`; close it, or use it as a context manager."""
 
-    def __init__(self, file: GGUFFile, device: Device, runtime: RuntimeConfig) -> None:
+    def __init__(self, file: ModelFile, device: Device, runtime: RuntimeConfig) -> None:
         started = time.perf_counter()
         self.file, self.device, self.runtime = file, device, runtime
         self.config = ModelConfig.from_gguf(file)
@@ -89,12 +89,12 @@ class LLMEngine:
 
     @classmethod
     def init_model(cls, model: str | Path, runtime: RuntimeConfig | None = None) -> LLMEngine:
-        """Load a model: a GGUF path, or the name of a packaged one (`tiny`).
+        """Load a model: the path of a GGUF file or Hugging Face folder, or the name of a packaged one (`tiny`).
 
         Raises: FileFormatError, UnsupportedModelError, ConfigError: the file; DeviceError: no device, or too little memory.
         """
         runtime = runtime or RuntimeConfig()
-        file = GGUFFile.open(resolve_model(model))
+        file = open_model(model)
         try:
             device = open_device(runtime.device)
         except BaseException:
