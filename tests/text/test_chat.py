@@ -9,7 +9,9 @@ import pytest
 
 from vkllm.chat import Conversation, encode, render
 from vkllm.errors import ConfigError, RequestError
-from vkllm.tokenizer import BYTE_OF, CONTROL, NORMAL, Tokenizer
+from vkllm.tokenizer import Tokenizer
+from vkllm.vocab.bpe import BYTE_OF
+from vkllm.vocab.special import CONTROL, NORMAL
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"

@@ -16,7 +16,10 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from vkllm.errors import ConfigError, RequestError, UnsupportedModelError
 from vkllm.files import GGUFFile
-from vkllm.tokenizer import BYTE, BYTE_OF, CONTROL, NORMAL, PRE_TOKENIZERS, UNKNOWN, USER_DEFINED, Tokenizer, chunks
+from vkllm.tokenizer import Tokenizer
+from vkllm.vocab.bpe import BYTE_OF, chunks
+from vkllm.vocab.special import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from vkllm.vocab.splits import PRE_TOKENIZERS
 
 VOCABULARIES = ("llama-spm", "phi-3", "llama-bpe", "qwen2", "gpt-2")
 SEPARATOR = "\n__ggml_vocab_test__\n"
@@ -218,7 +221,7 @@ def test_end_ids_are_found_by_name_too() -> None:
 )
 def test_pre_tokenizers(pre: str, text: str, words: list[str]) -> None:
     """No token spans two words: with a vocabulary that holds every piece, the pieces are the words."""
-    cuts = [pre_tokenizers.Split(tokenizers.Regex(s), "isolated") for s in PRE_TOKENIZERS[pre]]
+    cuts = [pre_tokenizers.Split(tokenizers.Regex(s), "isolated") for s in PRE_TOKENIZERS[pre].splits]
     assert [w for w, _ in pre_tokenizers.Sequence(cuts).pre_tokenize_str(text)] == words
 
 
@@ -230,7 +233,7 @@ def test_pre_tokenizers(pre: str, text: str, words: list[str]) -> None:
 @settings(max_examples=400)
 def test_cutting_long_text_changes_no_word(text: str, pre: str, size: int) -> None:
     def words(part: str) -> list[str]:
-        cuts = [pre_tokenizers.Split(tokenizers.Regex(s), "isolated") for s in PRE_TOKENIZERS[pre]]
+        cuts = [pre_tokenizers.Split(tokenizers.Regex(s), "isolated") for s in PRE_TOKENIZERS[pre].splits]
         return [w for w, _ in pre_tokenizers.Sequence(cuts).pre_tokenize_str(part)]
 
     parts = list(chunks(text, size))
@@ -249,7 +252,7 @@ def test_lone_surrogates_become_replacement_characters() -> None:
     [
         ({}, ConfigError, "tokenizer.ggml.model"),
         (spm_metadata(model="t5"), UnsupportedModelError, "t5"),
-        (bpe_metadata("viking"), UnsupportedModelError, "viking"),
+        (bpe_metadata("kimi-k2"), UnsupportedModelError, "kimi-k2"),
         (spm_metadata(tokens=None), ConfigError, "tokenizer.ggml.tokens"),
         (spm_metadata(tokens="abc"), ConfigError, "tokenizer.ggml.tokens"),
         (spm_metadata(token_type=np.zeros(3, np.int32)), ConfigError, "token_type"),
