@@ -26,13 +26,14 @@ from typer.core import TyperGroup
 from vkllm.config import Activations, ModelConfig, RuntimeConfig
 from vkllm.errors import RequestError
 from vkllm.homeostasis_cli import app as homeostasis
+from vkllm.import_cli import import_model
 from vkllm.serve.command import serve
 from vkllm_codegen.errors import HintedError
 
 if TYPE_CHECKING:
     from vkllm.chat import Conversation
     from vkllm.engine import LLMEngine
-    from vkllm.files.gguf import GGUFFile
+    from vkllm.files import ModelFile
     from vkllm.sampler import SamplingParams
     from vkllm.vk import DeviceInfo
 
@@ -283,16 +284,15 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a model file holds, without loading it, and whether vkllm can run it."""
-    from vkllm.files import resolve_model
-    from vkllm.files.gguf import GGUFFile
+    from vkllm.files import open_model
 
-    with GGUFFile.open(resolve_model(model)) as file:
+    with open_model(model) as file:
         metadata = {k: v for k, v in file.metadata.items() if isinstance(v, str | int | float) and "chat_template" not in k}
         config, problem = understood(file)
         rows = [{"name": t.name, "shape": list(t.shape), "type": t.type, "nbytes": t.nbytes} for t in file.tensors.values()]
         types = dict(Counter(t.type for t in file.tensors.values()))
         n_parameter = sum(math.prod(t.shape) for t in file.tensors.values())
-        figures = {"version": file.version, "n_parameter": n_parameter, "types": types, "problem": problem}
+        figures = {"format": file.format, "n_parameter": n_parameter, "types": types, "problem": problem}
     if as_json:
         print_json({"config": config, **figures, "metadata": metadata, "tensors": rows if tensors else len(rows)})
         return
@@ -308,7 +308,7 @@ def inspect(
         console.print(listing)
 
 
-def understood(file: GGUFFile) -> tuple[dict[str, object] | None, str | None]:
+def understood(file: ModelFile) -> tuple[dict[str, object] | None, str | None]:
     """The configuration that a file's metadata gives, and why the model cannot be run; None where there is no such thing."""
     from vkllm.models import build_graph
     from vkllm.tokenizer import Tokenizer
@@ -334,11 +334,10 @@ def tokenize(
     ] = False,
 ) -> None:
     """Print the token ids of a text as a JSON list."""
-    from vkllm.files import resolve_model
-    from vkllm.files.gguf import GGUFFile
+    from vkllm.files import open_model
     from vkllm.tokenizer import Tokenizer
 
-    with GGUFFile.open(resolve_model(model)) as file:
+    with open_model(model) as file:
         source = sys.stdin.buffer.read().decode("utf-8", errors="replace") if text == "-" else text
         ids = Tokenizer.from_gguf(file.metadata).encode(source, add_special=not no_special, parse_special=not no_special)
     print_json(ids)
@@ -443,6 +442,7 @@ def shaders(out: Annotated[Path, typer.Argument(help="Folder for .spv, .spvasm, 
 
 
 app.command()(serve)
+app.command("import")(import_model)
 app.add_typer(homeostasis, name="homeostasis")
 
 
