@@ -41,7 +41,7 @@ setup: .venv/test.stamp .venv/check.stamp
 
 .venv/test.stamp: .venv/run.stamp
 	@sh tools/setup.sh test "$(PYTHON)"
-	$(PIP) install "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100" "httpx>=0.27" "openai>=1.40" "fastapi>=0.110" "uvicorn>=0.36" "websockets>=13" "prometheus-client>=0.20" "llguidance>=1.0"
+	$(PIP) install "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100" "httpx>=0.27" "openai>=1.40" "selenium>=4.20" "fastapi>=0.110" "uvicorn>=0.36" "websockets>=13" "prometheus-client>=0.20" "llguidance>=1.0"
 	@touch $@
 
 .venv/check.stamp: .venv/test.stamp

@@ -32,15 +32,23 @@ missing() {
     fi
 }
 
+may_install() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
+install() {
+    echo "installing $*"
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends "$@"; } >/dev/null
+}
+export DEBIAN_FRONTEND=noninteractive
+
+# The browser for tests/serve/test_page.py, which skips without it: nothing stops for its sake.
+if [ "$stage" = test ] && ! command -v chromedriver >/dev/null && may_install; then
+    install chromium chromium-driver 2>/dev/null || echo "no Chromium: the test of the web page will skip"
+fi
+
 packages=$(missing | xargs)
 [ -n "$packages" ] || exit 0
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    echo "installing $packages"
-    export DEBIAN_FRONTEND=noninteractive
-    if { apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages; } >/dev/null; then
-        packages=$(missing | xargs)
-        [ -n "$packages" ] || exit 0
-    fi
+if may_install && install $packages; then
+    packages=$(missing | xargs)
+    [ -n "$packages" ] || exit 0
 fi
 if [ -z "$python" ]; then
     echo "vkllm needs Python 3.11 or newer." >&2

@@ -91,8 +91,16 @@ def test_a_server_that_is_too_hot_says_so(session_server: Any, single: LLMEngine
                 batch.submit("Hi", SamplingParams())
             found = client.get("/v1/homeostasis").json()
             assert found["state"]["condition"] == "tripped" and found["history"][-1]["temperature_c"] == 95.0
-            for line in ("vkllm_temperature_celsius 95.0", "vkllm_power_watts 42.0", "vkllm_thermal_trips 1.0"):
-                assert line in client.get("/metrics").text
+            text = client.get("/metrics").text
+            for line in (
+                'vkllm_temperature_celsius{sensor="core"} 95.0',
+                "vkllm_power_watts 42.0",
+                "vkllm_thermal_trips_total 1.0",
+            ):
+                assert line in text
+            last = found["history"][-2]["time_s"]
+            assert len(client.get("/v1/homeostasis", params={"since": last}).json()["history"]) == 1
+            assert client.get("/v1/homeostasis", params={"since": "noon"}).json()["error"]["param"] == "since"
             plant.core_c = 60.0
             plant.pass_time(pacer, 60)
             assert client.post("/v1/completions", json=ask).status_code == 200

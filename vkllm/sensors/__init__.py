@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vkllm.vk import DeviceInfo
 
 NVIDIA = 0x10DE
+WITHOUT_LIMIT = "leave --power-limit out: pacing holds the temperature without it"
 
 
 class Sensor(Protocol):

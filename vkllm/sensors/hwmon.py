@@ -2,20 +2,29 @@
 
 Attributes (Documentation/hwmon/sysfs-interface in the kernel tree): temp*_input, _crit, _emergency, _max in m°C; power*_average,
 _input, _cap, _max in µW; energy*_input in µJ. What a file does not hold (missing, EAGAIN of a sleeping GPU, rubbish) is None.
+
+The sustained power limit is power1_cap of amdgpu and nouveau. Of Intel's drivers it is power1_max (PL1), where 0 means "none";
+their power1_cap is the limit of bursts (PL2). Channel 1 is the card, channel 2 its package: the first that tells something.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from vkllm.errors import DeviceError
 from vkllm.homeostasis import Reading, Temperature
+from vkllm.sensors import WITHOUT_LIMIT
 
+log = logging.getLogger("vkllm.sensors")
 ROOT = Path("/sys/class/hwmon")
 CPU_DRIVERS = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "soc_thermal", "scpi_sensors", "acpitz")  # the best first
+INTEL = ("xe", "i915")
 PLACES = {  # the driver's label → our name
     "edge": "core",
     "pkg": "core",
@@ -45,8 +54,7 @@ class HwmonSensor:
         self.folder, self.name = folder, f"hwmon {_text(folder / 'name')}"
         self.channels = channels(folder)
         self._clock = clock
-        self._power = next((f for n in ("power1_average", "power1_input") if _number(f := folder / n) is not None), None)
-        self._energy = next((f for f in sorted(folder.glob("energy*_input")) if _number(f) is not None), None)
+        self._power, self._energy, self._limit = _rail(folder)
         self._last: tuple[float, float] | None = None  # time, energy: power of drivers that tell only energy
 
     def read(self) -> Reading | None:
@@ -63,9 +71,8 @@ class HwmonSensor:
         joules = energy / 1e6 if energy is not None else None
         power = _number(self._power) if self._power else None
         watts = power / 1e6 if power is not None else self._from_energy(now, joules)
-        limits = (_number(self.folder / n) for n in ("power1_cap", "power1_max"))
-        limit = next((v / 1e6 for v in limits if v), None)
-        return Reading(now, found, watts, limit, joules)
+        limit = _number(self._limit) if self._limit else None
+        return Reading(now, found, watts, limit / 1e6 if limit else None, joules)
 
     def _from_energy(self, now: float, joules: float | None) -> float | None:
         """Mean power since the last reading. A counter that went back tells nothing."""
@@ -75,6 +82,33 @@ class HwmonSensor:
         if last is None or now <= last[0] or joules < last[1]:
             return None
         return (joules - last[1]) / (now - last[0])
+
+    @contextmanager
+    def power_limit(self, watts: float) -> Iterator[None]:
+        """Set the device's sustained power limit, and restore it at the end. Needs permission to write the file.
+
+        Raises: DeviceError: there is no such limit, or the driver refuses.
+        """
+        file = self._limit
+        before = _number(file) if file else None
+        if file is None or before is None:
+            raise DeviceError(f"{self.name} has no power limit that can be set", WITHOUT_LIMIT)
+        least, most = (_number(file.with_name(f"{file.name}_{n}")) for n in ("min", "max"))
+        if (least is not None and watts * 1e6 < least) or (most and watts * 1e6 > most):
+            span = f"{(least or 0) / 1e6:g} to {most / 1e6:g} W" if most else f"at least {(least or 0) / 1e6:g} W"
+            raise DeviceError(f"the power limit of {watts:g} W is refused by {self.name}", f"this device takes {span}")
+        try:
+            file.write_text(f"{round(watts * 1e6)}\n")
+        except OSError as error:
+            hint = f"it needs root, or the right to write {file}; or {WITHOUT_LIMIT}"
+            raise DeviceError(f"the power limit of {watts:g} W is refused: {error.strerror}", hint) from error
+        try:
+            yield
+        finally:
+            try:
+                file.write_text(f"{before:.0f}\n")
+            except OSError as error:
+                log.error("the power limit stays at %g W: %s; write %.0f to %s", watts, error.strerror, before, file)
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -115,6 +149,25 @@ def channels(folder: Path) -> dict[str, Channel]:
             name = f"{label or 'temp'} {base.removeprefix('temp')}"
         found[name] = Channel(file, target, crit, emergency if emergency is not None else crit)
     return found
+
+
+def _rail(folder: Path) -> tuple[Path | None, Path | None, Path | None]:
+    """(power, energy, sustained limit) of the first channel that tells power or energy, else of the first with a limit."""
+    limits = ("max",) if _text(folder / "name") in INTEL else ("cap", "max")
+    with_limit: Path | None = None
+    for i in (1, 2):
+        power = _first(folder, f"power{i}_average", f"power{i}_input")
+        energy = _first(folder, f"energy{i}_input")
+        limit = _first(folder, *(f"power{i}_{n}" for n in limits))
+        if power or energy:
+            return power, energy, limit
+        with_limit = with_limit or limit
+    return None, None, with_limit
+
+
+def _first(folder: Path, *names: str) -> Path | None:
+    """The first of these files that holds a number."""
+    return next((folder / n for n in names if _number(folder / n) is not None), None)
 
 
 def _pci_address(folder: Path) -> str:

@@ -7,6 +7,7 @@ None for that value, and a reading without a core temperature is no reading. Not
 from __future__ import annotations
 
 import importlib
+import logging
 import time
 import uuid as uuids
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ from typing import Any
 
 from vkllm.errors import DeviceError
 from vkllm.homeostasis import Reading, Temperature, Throttle
+from vkllm.sensors import WITHOUT_LIMIT
+
+log = logging.getLogger("vkllm.sensors")
 
 REASONS: tuple[tuple[int, Throttle], ...] = (  # nvmlClocksEventReasons in nvml.h
     (0x04, "power_cap"),  # software power cap: how a card at its limit runs
@@ -98,20 +102,34 @@ class NvmlSensor:
     def power_limit(self, watts: float) -> Iterator[None]:
         """Set the device's power limit, and restore it at the end. Needs root.
 
-        Raises: DeviceError: the driver refuses (no permission, or outside the card's range).
+        Raises: DeviceError: the driver refuses (no permission, or outside the card's range), or does not tell what to restore.
         """
         before = self._ask("nvmlDeviceGetPowerManagementLimit")
+        if not isinstance(before, int):
+            before = self._ask("nvmlDeviceGetPowerManagementDefaultLimit")
+        if not isinstance(before, int):
+            raise DeviceError(f"{self.name} does not tell its power limit, so it could not be restored", WITHOUT_LIMIT)
         try:
             self._nvml.nvmlDeviceSetPowerManagementLimit(self._handle, round(watts * 1000))
         except Exception as error:
-            allowed = self._ask("nvmlDeviceGetPowerManagementLimitConstraints")
-            span = f"; this card takes {allowed[0] / 1e3:.0f} to {allowed[1] / 1e3:.0f} W" if allowed else ""
-            raise DeviceError(f"the power limit of {watts:g} W is refused: {error}", f"it needs root{span}") from error
+            raise DeviceError(f"the power limit of {watts:g} W is refused: {error}", self._remedy(watts, error)) from error
         try:
             yield
         finally:
-            if isinstance(before, int):
-                self._ask("nvmlDeviceSetPowerManagementLimit", before)
+            try:
+                self._nvml.nvmlDeviceSetPowerManagementLimit(self._handle, before)
+            except Exception as error:
+                log.error("the power limit stays at %g W: %s; set it with `nvidia-smi -pl %g`", watts, error, before / 1e3)
+
+    def _remedy(self, watts: float, error: Exception) -> str:
+        """What to do about a refused limit."""
+        allowed = self._ask("nvmlDeviceGetPowerManagementLimitConstraints")
+        if allowed and not allowed[0] <= watts * 1e3 <= allowed[1]:
+            return f"this card takes {allowed[0] / 1e3:.0f} to {allowed[1] / 1e3:.0f} W"
+        code = getattr(error, "value", None)
+        if code == getattr(self._nvml, "NVML_ERROR_NOT_SUPPORTED", 3):
+            return f"this card has no limit that can be set; or {WITHOUT_LIMIT}"
+        return f"it needs root: run as root, or set it once with `sudo nvidia-smi -pl {watts:g}`; or {WITHOUT_LIMIT}"
 
     def close(self) -> None:
         """Release NVML (it counts its users)."""

@@ -17,8 +17,20 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from vkllm.homeostasis import SAMPLE_S, HomeostasisConfig, Reading, State, gap_s, initial_state, next_state, retry_after_s
+from vkllm.homeostasis import (
+    SAMPLE_S,
+    STEP_DOWN_REASONS,
+    HomeostasisConfig,
+    Reading,
+    State,
+    Throttle,
+    gap_s,
+    initial_state,
+    next_state,
+    retry_after_s,
+)
 from vkllm.sensors import Sensor
+from vkllm.sensors.energy import EnergyMeter
 
 HISTORY = 7200  # an hour of half seconds
 IDLE_S = 5.0  # no submit ended for so long: idle; before that, one may be running
@@ -45,7 +57,9 @@ class ThermalPacer:
         self._interval_s, self._clock, self._lock, self._stop = interval_s, clock, threading.Lock(), threading.Event()
         self._state = initial_state(self.config)
         self._reading: Reading | None = None
-        self.throttle_s = 0.0  # time in which the device slowed itself down, as far as readings show it
+        self.throttle_s = 0.0  # time in which heat or a power brake slowed the device down, as far as readings show it
+        self.throttle_by: dict[Throttle, float] = {}  # and for every reason, a power cap too; they may overlap
+        self.energy = EnergyMeter()
         self._busy_s, self._since_s, self._polled_s = 0.0, clock(), clock()
         self._thread = threading.Thread(target=self._watch, name="vkllm-homeostasis", daemon=True)
         if start:
@@ -60,8 +74,9 @@ class ThermalPacer:
 
     @property
     def reading(self) -> Reading | None:
-        """The last reading, None when the sensor failed."""
-        return self._reading
+        """The last reading; None before the first one, and when it has become stale."""
+        reading = self._reading
+        return reading if reading and abs(self._clock() - reading.time_s) <= self.config.stale_s else None
 
     @property
     def batch_limit(self) -> int | None:
@@ -88,13 +103,20 @@ class ThermalPacer:
             now = self._clock()
             if reading is not None and reading.busy is None:
                 reading = replace(reading, busy=self._busy(now))
-            if reading is not None and reading.throttle:
-                self.throttle_s += max(0.0, now - self._polled_s)
+            if reading is not None:
+                self.energy.add(reading)
+                self._count_throttling(reading, min(max(0.0, now - self._polled_s), self.config.stale_s))
             self._polled_s = now
             self._reading = reading or self._reading
             self._state = next_state(self.config, self._state, reading, now)
             self.history.append((self._state, reading))
             return self._state
+
+    def _count_throttling(self, reading: Reading, span_s: float) -> None:
+        if reading.throttle & STEP_DOWN_REASONS:
+            self.throttle_s += span_s
+        for reason in reading.throttle:
+            self.throttle_by[reason] = self.throttle_by.get(reason, 0.0) + span_s
 
     def _busy(self, now: float) -> float | None:
         """Share of the time since submits were last counted in which they ran. None: none has ended, one may be running."""

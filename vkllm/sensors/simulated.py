@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from vkllm.homeostasis import Reading, Temperature, Throttle
+
+LONGEST_S = 0.5  # of one step of the arithmetic, in real time
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +139,36 @@ class SimulatedSensor:
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+class LiveSensor(SimulatedSensor):
+    """A simulated device that real work heats, in real time: it follows `clock`, and was busy for as long as `busy_s` says.
+
+    `busy_s` gives the seconds that submits took so far, of all together, `BatchEngine.stats.busy_s` for example.
+    """
+
+    def __init__(
+        self,
+        plant: ThermalPlant,
+        busy_s: Callable[[], float] = lambda: 0.0,
+        *,
+        seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(plant, seed, clock)
+        self.busy_s = busy_s
+        self._now_s, self._told_s, self._owed_s = clock(), 0.0, 0.0
+
+    def read(self) -> Reading | None:
+        """Move the device on to now, then read it. Work that took longer than the time since the last reading is carried over."""
+        assert self._clock is not None
+        now, told = self._clock(), self.busy_s()
+        self._owed_s += max(0.0, told - self._told_s)
+        self._told_s = told
+        while now > self._now_s:
+            dt = min(LONGEST_S, now - self._now_s)
+            used = min(self._owed_s, dt)
+            self.plant.step(dt, used / dt)
+            self._owed_s -= used
+            self._now_s += dt
+        return super().read()

@@ -16,13 +16,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from time import monotonic, time
 from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import FastAPI, Request, Response, WebSocket
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,7 +30,7 @@ from vkllm.batching import BatchEngine, BatchEvent, Constraint, Handle, TokenLog
 from vkllm.engine import GenerationResult
 from vkllm.errors import ConfigError, ContextTooLongError
 from vkllm.sampler import SamplingParams
-from vkllm.serve import replies
+from vkllm.serve import page, replies
 from vkllm.serve.duplex import Duplex
 from vkllm.serve.grammar import Grammars
 from vkllm.serve.metrics import Metrics
@@ -43,9 +42,9 @@ from vkllm.serve.tools import CallFinder, call_schema, told
 from vkllm_codegen.errors import HintedError
 
 log = logging.getLogger("vkllm.serve")
-PAGE = Path(__file__).with_name("page.html")
 MAX_ADDRESSES = 10_000  # of clients whose requests are counted
-OPEN_PATHS = frozenset({"/", "/health"})  # no key is needed for these
+OPEN_PATHS = frozenset({*page.FILES, "/health"})  # no key is needed for these
+UNCOUNTED = OPEN_PATHS | {"/metrics", "/v1/homeostasis"}  # who watches has the whole rate for work
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -376,7 +375,7 @@ class Gate:
         if path not in OPEN_PATHS and not self._known(headers.get(b"authorization", b"")):
             error = ApiError(401, "missing or wrong API key", code="invalid_api_key")
             error.headers["WWW-Authenticate"] = "Bearer"
-        elif path not in OPEN_PATHS and (wait_s := self._wait_s((scope.get("client") or ("",))[0])) > 0:
+        elif path not in UNCOUNTED and (wait_s := self._wait_s((scope.get("client") or ("",))[0])) > 0:
             error = ApiError(429, f"more than {self._options.rate:g} requests a minute", code="rate_limit_exceeded")
             error.headers["Retry-After"] = str(math.ceil(wait_s))
         elif not declared.isdigit() or int(declared) > self._options.max_body:
@@ -424,7 +423,9 @@ def create_app(batch: BatchEngine, options: ServerOptions, metrics: Metrics) -> 
     """The application. `metrics` should be what observes `batch`; it is told to watch it."""
     service = Service(batch, options, metrics)
     homeostasis = batch.pacer if isinstance(batch.pacer, HomeostasisPacer) else None
-    metrics.watch(batch, homeostasis.gauges if homeostasis else None)
+    metrics.watch(batch, homeostasis.metrics if homeostasis else None)
+    if homeostasis:
+        homeostasis.watch(batch)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -521,19 +522,20 @@ def _add_information(app: FastAPI, service: Service) -> None:
         return JSONResponse({"status": status, "model": model_id, "n_ctx": batch.n_ctx}, code, headers)
 
     @app.get("/v1/homeostasis")
-    async def homeostasis() -> Response:
+    async def homeostasis(request: Request) -> Response:
         if not isinstance(batch.pacer, HomeostasisPacer):
-            raise ApiError(404, "this server is not paced: its device has no temperature sensor, or pacing is off")
-        return JSONResponse(batch.pacer.report())
+            raise ApiError(404, "this server has no pacer")
+        try:
+            since_s = float(request.query_params.get("since", "-inf"))
+        except ValueError:
+            raise ApiError(400, "since is a number of seconds, a sample's time_s", param="since") from None
+        return JSONResponse(batch.pacer.report(since_s))
 
     @app.get("/metrics")
     async def metrics() -> Response:
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/")
-    async def page() -> Response:
-        policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
-        return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": policy})
+    page.add_page(app)
 
 
 def _health(batch: BatchEngine) -> tuple[str, int]:

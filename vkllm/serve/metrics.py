@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import groupby
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from vkllm.batching import BatchEngine
+from vkllm.serve.pacing import Metric as Figure
+from vkllm.serve.pacing import Watched
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
-Extra = Callable[[], Iterable[tuple[str, str, float]]]
-"""More gauges (name, help, value), of the homeostasis controller for example."""
+Extra = Callable[[], Iterable[Figure]]
+"""More metrics, of the homeostasis controller for example. Those of one name come one after another, with the same labels."""
 
 
 class Metrics:
@@ -34,7 +36,7 @@ class Metrics:
         """An HTTP request was answered."""
         self._replies.labels(path, str(status)).inc()
 
-    def watch(self, batch: BatchEngine, extra: Extra | None = None) -> None:
+    def watch(self, batch: Watched, extra: Extra | None = None) -> None:
         """Report on this engine from now on."""
         self._registry.register(_Collector(batch, extra))
 
@@ -44,20 +46,19 @@ class Metrics:
 
 
 class _Collector:
-    def __init__(self, batch: BatchEngine, extra: Extra | None) -> None:
+    def __init__(self, batch: Watched, extra: Extra | None) -> None:
         self._batch, self._extra = batch, extra
 
     def collect(self) -> Iterable[Metric]:
         s, batch = self._batch.stats, self._batch
-        gauges = [
+        gauges: list[tuple[str, str, float]] = [
             ("requests_waiting", "Requests in the queue", s.n_waiting),
             ("requests_running", "Requests that have cache blocks", s.n_running),
             ("kv_blocks_used", "Cache blocks that a request owns", s.n_block_used),
             ("kv_blocks", "Cache blocks", batch.pool.n_block),
             ("kv_block_tokens", "Tokens in a block", batch.pool.block_size),
-            *(self._extra() if self._extra else ()),
         ]
-        totals = [
+        totals: list[tuple[str, str, float]] = [
             ("prompt_tokens", "Prompt tokens taken", s.prompt_tokens),
             ("prefix_hit_tokens", "Prompt tokens found in the cache", s.cached_tokens),
             ("completion_tokens", "Tokens generated", s.completion_tokens),
@@ -76,3 +77,16 @@ class _Collector:
         for reason, n in list(s.requests.items()):
             ended.add_metric([reason], n)
         yield ended
+        if self._extra:
+            yield from families(self._extra())
+
+
+def families(figures: Iterable[Figure]) -> Iterable[Metric]:
+    """One family for all figures of a name."""
+    for (kind, name, text), group in groupby(figures, key=lambda f: (f.kind, f.name, f.help)):
+        found = list(group)
+        family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+        metric = family(f"vkllm_{name}", text, labels=list(found[0].labels))
+        for figure in found:
+            metric.add_metric(list(figure.labels.values()), figure.value)
+        yield metric
