@@ -14,11 +14,11 @@ PACKAGES = {"vkllm_codegen": ROOT / "codegen", "vkllm_shaders": ROOT / "shaders"
 
 # Parts of vkllm in the order in which data flows; each may import only those before it (and itself).
 STAGES = (
-    *("errors", "debug", "config", "files", "vocab", "tokenizer", "chat", "quantize"),  # the file and the text
+    *("errors", "debug", "config", "vocab", "files", "tokenizer", "chat", "quantize"),  # the file and the text
     *("vk",),  # devices; the only part that loads the native module
     *("plan", "models", "weights", "rope", "packing", "kernel_cache", "schedule", "kernels", "memory"),  # the plan, and what it becomes
     *("kv_cache", "scheduler", "sampler", "homeostasis", "sensors", "simulate"),  # policies
-    *("chain", "reference", "engine", "batching", "diff", "benchmark", "doctor", "serve"),
+    *("chain", "reference", "engine", "batching", "diff", "benchmark", "doctor", "soak", "soak_cli", "serve"),
     *("homeostasis_cli", "import_cli", "cli", "__main__"),
 )
 PURE = ("kv_cache", "scheduler", "sampler", "homeostasis", "plan", "models", "config")  # no Vulkan, no clock

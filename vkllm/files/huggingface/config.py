@@ -262,7 +262,7 @@ def _yarn_pairs(config: HFConfig, rope: Fields) -> Iterator[tuple[str, object]]:
 def _longrope_pairs(config: HFConfig, rope: Fields) -> Iterator[tuple[str, object]]:
     """LongRoPE: two tables of factors, and one for what attention sees."""
     original = _original_ctx(rope)
-    scale = config.n_ctx / original
+    scale = rope.positive("factor", config.n_ctx / original)
     usual = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
     yield "rope.scaling.type", "longrope"
     yield "rope.scaling.original_context_length", original

@@ -20,8 +20,9 @@ from vkllm.files.model_file import TensorInfo
 
 CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
 MAX_TEMPLATE_BYTES = 1 << 20
-FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "MXFP4": 38}
-"""GGUF's general.file_type, by the type of most weights."""
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
+MXFP4_FILE_TYPE = 38
+"""GGUF's general.file_type, by the type of most weights; of one with MXFP4 experts."""
 
 
 class HuggingFaceFolder:
@@ -136,4 +137,6 @@ def _file_type(tensors: Mapping[str, Recipe]) -> int:
     nbytes: dict[str, int] = {}
     for recipe in tensors.values():
         nbytes[recipe.info.type] = nbytes.get(recipe.info.type, 0) + recipe.info.nbytes
+    if "MXFP4" in nbytes:
+        return MXFP4_FILE_TYPE
     return FILE_TYPES[max(nbytes, key=lambda kind: nbytes[kind])]

@@ -17,9 +17,9 @@ from typing import Any
 from vkllm.errors import ConfigError, FileFormatError, UnsupportedModelError
 from vkllm.files.huggingface import pre_tokenizers
 from vkllm.files.huggingface.json_file import Fields
+from vkllm.vocab.special import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from vkllm.vocab.spm import SPACE
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-SPACE = "\u2581"
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)
 _HINT = "the folder's tokenizer files are damaged or do not belong together: download the folder again"
@@ -53,12 +53,13 @@ def metadata(files: TokenizerFiles, n_vocab: int) -> dict[str, object]:
     is_spm = model.flag("byte_fallback", False)
     pairs = _sentencepiece(root, model, vocab) if is_spm else _byte_level(root, model)
     texts = [vocab.get(i, f"[PAD{i}]") for i in range(n_vocab)]
-    types = [_type(i, texts[i], i in vocab, added.get(i), is_spm, model.pairs.get("unk_token")) for i in range(n_vocab)]
+    unknown = model.pairs.get("unk_token") or _text(files.config.get("unk_token"))
+    types = [_type(texts[i], i in vocab, added.get(i), is_spm, unknown) for i in range(n_vocab)]
     tokens = [t.replace(SPACE, " ") if kind == USER_DEFINED else t for t, kind in zip(texts, types, strict=True)]
     if is_spm:
         pairs["tokenizer.ggml.scores"] = _scores(model, vocab, types)
     pairs |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
-    return pairs | _specials(files, {text: i for i, text in vocab.items()}) | _template(files)
+    return pairs | _specials(files, {text: i for i, text in vocab.items()}, is_spm) | _template(files)
 
 
 def _vocabulary(model: Fields, root: Fields, n_vocab: int) -> tuple[dict[int, str], dict[int, bool]]:
@@ -85,7 +86,7 @@ def _vocabulary(model: Fields, root: Fields, n_vocab: int) -> tuple[dict[int, st
     return vocab, added
 
 
-def _type(i: int, text: str, known: bool, special: bool | None, is_spm: bool, unknown: object) -> int:
+def _type(text: str, known: bool, special: bool | None, is_spm: bool, unknown: object) -> int:
     """GGUF's kind of a token. `special` None: not an added one."""
     if not known:
         return UNUSED
@@ -154,19 +155,19 @@ def _sentencepiece(root: Fields, model: Fields, vocab: Mapping[int, str]) -> dic
 def _scores(model: Fields, vocab: Mapping[int, str], types: list[int]) -> list[float]:
     """Scores that order tokens as the merges do: 0, -1, -2, ... for what merges make, then for the other normal tokens.
 
-    Only for normal tokens; 0 for bytes and control tokens, -1000 for user-defined ones, as in files from llama.cpp.
+    Only for normal tokens; 0 for bytes and control tokens, low ones for the rest, as in files from llama.cpp.
     """
     rank: dict[str, int] = {}
     for left, right in _merges(model):
         rank.setdefault((left + right).replace("Ġ", " "), len(rank))
     by_rank = sorted(vocab, key=lambda i: (rank.get(vocab[i], len(rank)), i))
-    scores = [0.0 if kind in (UNKNOWN, CONTROL, BYTE) else -1000.0 for kind in types]
+    scores = [{USER_DEFINED: -1000.0, UNUSED: -10000.0}.get(kind, 0.0) for kind in types]
     for place, i in enumerate(i for i in by_rank if types[i] == NORMAL):
         scores[i] = -float(place)
     return scores
 
 
-def _specials(files: TokenizerFiles, ids: Mapping[str, int]) -> dict[str, object]:
+def _specials(files: TokenizerFiles, ids: Mapping[str, int], is_spm: bool) -> dict[str, object]:
     """The ids of special tokens, and whether text begins and ends with them."""
     found: dict[str, int] = {}
     for ours, theirs in SPECIAL_TOKENS.items():
@@ -177,10 +178,16 @@ def _specials(files: TokenizerFiles, ids: Mapping[str, int]) -> dict[str, object
     if "bos" not in found and first is not None and first in ids:
         found["bos"] = ids[first]
     pairs: dict[str, object] = {f"tokenizer.ggml.{name}_token_id": token for name, token in found.items()}
-    ends = [i for i in _end_ids(files, len(ids)) if i != found.get("eos")]
+    ends = [i for i in _end_ids(files) if i != found.get("eos") and i in ids.values()]
     names = ("eot", "eom") if "eos" in found else ("eos", "eot", "eom")
     pairs |= {f"tokenizer.ggml.{name}_token_id": i for name, i in zip(names, ends, strict=False)}
-    return pairs | _added(files, found, ids, first, last)
+    for key, framed in (("bos", first), ("eos", last)):
+        asked = files.config.get(f"add_{key}_token")
+        if framed is not None:
+            pairs[f"tokenizer.ggml.add_{key}_token"] = framed in ids and ids[framed] == found.get(key)
+        elif isinstance(asked, bool) or not is_spm:  # SentencePiece's custom is BOS: that is the reader's default
+            pairs[f"tokenizer.ggml.add_{key}_token"] = asked is True
+    return pairs
 
 
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
@@ -190,16 +197,21 @@ SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"
 def _special_id(files: TokenizerFiles, name: str, ids: Mapping[str, int]) -> int | None:
     """The id of a special token: by its text in the tokenizer's files, or by the number in config.json."""
     for pairs in (files.config, files.special):
-        entry = pairs.get(f"{name}_token")
-        text = entry.get("content") if isinstance(entry, dict) else entry
-        if isinstance(text, str) and text in ids:
+        text = _text(pairs.get(f"{name}_token"))
+        if text in ids:
             return ids[text]
     number = files.model_config.get(f"{name}_token_id")
     number = number[0] if isinstance(number, list) and number else number
     return number if type(number) is int and number in ids.values() else None
 
 
-def _end_ids(files: TokenizerFiles, n_vocab: int) -> list[int]:
+def _text(token: object) -> str:
+    """The text of a token in the tokenizer's files: itself, or an object with `content`; '' where there is none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
+
+
+def _end_ids(files: TokenizerFiles) -> list[int]:
     """Ids after which generation ends, from generation_config.json and config.json, each once."""
     ends: list[int] = []
     for pairs in (files.generation, files.model_config):
@@ -231,20 +243,6 @@ def _template_token(step: object) -> str | None:
     special = step.get("SpecialToken") if isinstance(step, dict) else None
     text = special.get("id") if isinstance(special, dict) else None
     return text if isinstance(text, str) else None
-
-
-def _added(
-    files: TokenizerFiles, found: Mapping[str, int], ids: Mapping[str, int], first: str | None, last: str | None
-) -> dict[str, object]:
-    """add_bos_token and add_eos_token: what the post-processor does, else what tokenizer_config.json asks for."""
-    pairs: dict[str, object] = {}
-    for name, framed in (("bos", first), ("eos", last)):
-        asked = files.config.get(f"add_{name}_token")
-        if framed is not None:
-            pairs[f"tokenizer.ggml.add_{name}_token"] = framed in ids and ids[framed] == found.get(name)
-        elif isinstance(asked, bool):
-            pairs[f"tokenizer.ggml.add_{name}_token"] = asked
-    return pairs
 
 
 def _template(files: TokenizerFiles) -> dict[str, object]:
