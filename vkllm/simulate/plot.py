@@ -39,7 +39,7 @@ def svg(traces: Sequence[Trace], target_c: float, slowdown_c: float | None, titl
         *_axis(y_duty, [0.0, 0.25, 0.5, 0.75, 1.0], "duty", d0),
         *_hours(x, end),
     ]
-    if traces:
+    if traces and traces[0].ambient_c:
         parts.append(_line(traces[0].time_s, traces[0].ambient_c, x, y_temp, "#999999", "ambient"))
     for trace in reversed(traces):  # the first on top
         colour = COLOURS.get(trace.mode, INK)
