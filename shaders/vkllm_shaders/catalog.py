@@ -11,15 +11,16 @@ from functools import partial
 from pathlib import Path
 
 from vkllm_codegen import Kernel
-from vkllm_shaders import attention, embed, matmul, rmsnorm, rope, sample, softmax
+from vkllm_shaders import attention, embed, experts, matmul, rmsnorm, rope, sample, softmax
 from vkllm_shaders.attention import AttentionSpec
+from vkllm_shaders.experts import RouteSpec
 from vkllm_shaders.formats import FORMATS, Layout
 from vkllm_shaders.matmul import MatmulSpec
 from vkllm_shaders.sample import SampleSpec
 
 Entry = tuple[str, Callable[[], Kernel]]
 
-INT8_FORMATS = ("Q4_0", "Q8_0", "Q4_K", "Q6_K")
+INT8_FORMATS = ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4")
 
 
 def all_kernels(row_lanes: int = 8, chunk_lanes: int = 32) -> list[Kernel]:
@@ -67,7 +68,8 @@ def entries(row_lanes: int = 8, chunk_lanes: int = 32) -> list[Entry]:
         for layout in _layouts(row_lanes)
         for fmt in FORMATS
     ]
-    return [*matmuls, *embeds, *_attention(row_lanes, chunk_lanes), *_plain(), *_sample(row_lanes, chunk_lanes)]
+    lanes = (row_lanes, chunk_lanes)
+    return [*matmuls, *embeds, *_attention(*lanes), *_experts(*lanes), *_plain(), *_sample(*lanes)]
 
 
 def _layouts(row_lanes: int) -> tuple[Layout, Layout]:
@@ -83,6 +85,7 @@ def _matmul_specs(row_lanes: int, chunk_lanes: int) -> Iterator[MatmulSpec]:
         yield spec("Q4_K", norm=True, epilogue="swiglu")
         yield spec("Q6_K", tile=8, epilogue="residual")
         yield spec("Q8_0", norm=True, gather=True)
+        yield spec("MXFP4", norm=True, bias=True, epilogue="swiglu_oai", experts=True)
     yield from (MatmulSpec(fmt, _layouts(row_lanes)[0], activations="int8") for fmt in INT8_FORMATS)
     yield MatmulSpec("Q4_0", _layouts(row_lanes)[0], tile=8, activations="int8")
 
@@ -97,6 +100,12 @@ def _attention(row_lanes: int, chunk_lanes: int) -> Iterator[Entry]:
             if head_dim == 64:
                 yield f"attention_partial_{spec.name}", partial(attention.partial, spec)
                 yield f"attention_combine_{spec.name}", partial(attention.combine, spec)
+
+
+def _experts(row_lanes: int, chunk_lanes: int) -> Iterator[Entry]:
+    for spec in (RouteSpec(128, 8, "used", row_lanes), RouteSpec(60, 4, "all", chunk_lanes)):
+        yield f"route_{spec.n_used}_of_{spec.n_expert}", partial(experts.route, spec)
+    yield from ((f"combine_{kind}", partial(experts.combine, 8, kind)) for kind in ("lane_row", "lane_chunk"))
 
 
 def _plain() -> Iterator[Entry]:

@@ -1,4 +1,4 @@
-"""Weights times activations, matvec and GEMM in one: every format of formats.py, with the work around the product fused in.
+"""Weights times activations, matvec and GEMM in one: every format of formats, with the work around the product fused in.
 
     y[t, row] = epilogue(sum_k weight[row, k] * norm(x)[t, k] + bias[row])
 
@@ -20,6 +20,7 @@ Source: KERNELS.md's measurements and those in bench/LOG.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -54,7 +55,9 @@ ALIGN_COLUMNS = 64  # rows of x are padded with zeros to a multiple of this
 
 DEFAULT_LAYOUT = Layout()
 
-Epilogue = Literal["store", "residual", "swiglu", "qkv"]
+OAI_LIMIT, OAI_ALPHA = 7.0, 1.702  # of gpt-oss's gated unit
+
+Epilogue = Literal["store", "residual", "swiglu", "geglu", "swiglu_oai", "qkv"]
 
 
 def best_tile(n_token: int) -> int:
@@ -68,7 +71,9 @@ class MatmulSpec:
 
     fmt: ggml type; layout: how the weights are packed; tile: tokens a workgroup; norm, bias, epilogue: what is fused;
     activations: "f32" or "int8"; gather: x row i is params[5 T + i]; large: w comes through a texel view, which
-    reaches further than a storage buffer (lane_row always does so); rope_pairing, head_dim: for "qkv";
+    reaches further than a storage buffer (lane_row always does so); experts: w holds several matrices of equal shape, one behind
+    the other, and each row of y names the one that it wants; scale, softcap (0: none): of the product, before it is
+    stored or added: softcap * tanh(y * scale / softcap); rope_pairing, head_dim: for "qkv";
     subgroup, subgroups: size and number of subgroups a workgroup of lane_chunk (lane_row: layout.lanes, one).
     """
 
@@ -81,6 +86,9 @@ class MatmulSpec:
     activations: Literal["f32", "int8"] = "f32"
     gather: bool = False
     large: bool = False
+    experts: bool = False
+    scale: float = 1.0
+    softcap: float = 0.0
     rope_pairing: str = "interleaved"
     head_dim: int = 0
     subgroup: int = 32
@@ -89,13 +97,18 @@ class MatmulSpec:
     def __post_init__(self) -> None:
         if self.tile not in range(1, 17):
             raise KernelError(f"matmul with a tile of {self.tile} tokens", hint="expected 1 … 16")
+        if self.experts and (self.tile > 1 or self.gather or self.epilogue in ("residual", "qkv")):
+            raise KernelError(
+                f"experts with tile {self.tile}, gather {self.gather}, {self.epilogue}",
+                hint="expected a tile of 1, no gather, and an epilogue that stores",
+            )
         if self.epilogue == "qkv" and (self.head_dim < 4 or self.head_dim % 4):
             raise KernelError(f"qkv with head_dim {self.head_dim}", hint="expected a multiple of 4")
 
     @property
     def paired(self) -> bool:
         """Does a lane hold its rows in pairs (see formats.row_order)?"""
-        return self.epilogue in ("swiglu", "qkv")
+        return self.epilogue in ("swiglu", "geglu", "swiglu_oai", "qkv")
 
     @property
     def on_lavapipe(self) -> bool:
@@ -110,12 +123,14 @@ class MatmulSpec:
     def name(self) -> str:
         parts = ["matmul", self.fmt.lower(), self.layout.kind, f"s{self.lanes}", f"r{self.layout.rows}", f"t{self.tile}"]
         parts += [] if self.on_lavapipe else [f"n{self.subgroups}"]
-        parts += [word for word in ("norm", "bias", "gather", "large") if getattr(self, word)]
+        parts += [word for word in ("norm", "bias", "gather", "large", "experts") if getattr(self, word)]
         parts += [self.epilogue] + ([f"{self.rope_pairing}{self.head_dim}"] if self.epilogue == "qkv" else [])
+        parts += [f"scale{self.scale:.9g}"] if self.scale != 1.0 else []
+        parts += [f"cap{self.softcap:.9g}"] if self.softcap else []
         return "_".join(parts + (["int8"] if self.activations == "int8" else []))
 
     def groups(self, n_packed_row: int, n_token: int) -> tuple[int, int, int]:
-        """Workgroups of a dispatch. `n_packed_row`: the length of the row order."""
+        """Workgroups of a dispatch. `n_packed_row`: the length of the row order (of one expert); `n_token`: rows of y."""
         n_group = self.layout.n_group(n_packed_row)
         return (n_group if self.on_lavapipe else -(-n_group // self.subgroups)), -(-n_token // self.tile), 1
 
@@ -124,6 +139,7 @@ def push_constants(spec: MatmulSpec) -> dict[str, DType]:
     """See `matmul`."""
     names = ["n_chunk", "n_group", "x_stride", "n_token", "n_row", "first_row"]
     names += ["n_col"] if spec.norm else []
+    names += ["n_share"] if spec.experts else []
     names += ["capacity"] if spec.gather or spec.epilogue == "qkv" else []
     names += ["n_head", "n_kv_head"] if spec.epilogue == "qkv" else ["y_stride"]
     return dict.fromkeys(names, u32) | ({"eps": f32} if spec.norm else {})
@@ -139,6 +155,7 @@ def _bindings(spec: MatmulSpec) -> dict[str, Binding]:
     else:
         found |= {"y": readwrite(f32) if spec.epilogue == "residual" else write(f32)}
         found |= {"params": read(u32)} if spec.gather else {}
+        found |= {"ids": read(u32)} if spec.experts else {}
     return found
 
 
@@ -155,11 +172,13 @@ def matmul(spec: MatmulSpec) -> Kernel:
         y       f32 [n_token, y_stride]; "residual" adds to it; or, for "qkv":
         q       f32 [n_token, n_head * head_dim]; k, v: f16 [slots, n_kv_head, head_dim];
         rope    f32x4 texels of f32 [positions, head_dim / 2, 2]
+        ids     u32 [n_token]: for experts, the one of each row of y
         params  u32 [6, capacity]: for "qkv" (positions, slots) and for gather (output rows)
     Push: n_chunk: chunks a row (Format.n_chunk); n_group: row groups of w; x_stride: texels a row of x; n_token: rows to compute;
         n_row: rows of y that these weights make ("swiglu": of the gate; "qkv": of the parts together); first_row: y's first of
         them ("qkv": counted over q, k, v one below the other); n_col and eps: for the norm; capacity: T of params;
-        y_stride: floats a row of y.
+        y_stride: floats a row of y. For experts n_token counts rows of y (tokens times experts used), n_group and n_row are
+        those of one expert, and row i of y reads row i // n_share of x.
     Nothing is written for rows from n_row and tokens from n_token on; a cache slot of 0xFFFFFFFF is not written.
     """
     local = spec.lanes * (1 if spec.on_lavapipe else spec.subgroups)
@@ -181,6 +200,7 @@ class _Body:
         self.lane = b.subgroup_lane()
         self.group = b.workgroup_id(0) if spec.on_lavapipe else b.workgroup_id(0) * spec.subgroups + b.subgroup_id()
         self.first_token = b.workgroup_id(1) * spec.tile
+        self.expert_group = bufs["ids"][self.first_token] * push["n_group"] if spec.experts else None
         self.acc = [[b.var(f32, 0.0) for _ in range(self.rows)] for _ in range(self.tile)]
         self.squares = [b.var(f32, 0.0) for _ in range(self.tile)] if spec.norm else []
         # Memory could deliver large weights faster than the loop asks for them: touch the next chunk's cache lines, one a lane.
@@ -195,7 +215,13 @@ class _Body:
 
     def _x_row(self, t: int) -> Value:
         token = self.b.min(self.first_token + t, self.push["n_token"] - 1)
+        if self.spec.experts:
+            return token // self.push["n_share"]
         return self.bufs["params"][self.push["capacity"] * 5 + token] if self.spec.gather else token
+
+    def of_expert(self, group: Value) -> Value:
+        """A row group of w, from its number within the expert."""
+        return group if self.expert_group is None else group + self.expert_group
 
     # lane_row
 
@@ -203,8 +229,8 @@ class _Body:
         """Each lane along its own rows."""
         b, f, s = self.b, self.fmt, self.spec.lanes
         n_texel, n_head, n_body = f.n_texel(self.rows), f.n_head(self.rows), f.n_body(self.rows)
-        w, start = self.bufs["w"], self.group * self.push["n_chunk"]
-        last = self.push["n_group"] * self.push["n_chunk"] * (n_texel * s) - 1
+        w, start = self.bufs["w"], self.of_expert(self.group) * self.push["n_chunk"]
+        last = self.of_expert(self.push["n_group"]) * self.push["n_chunk"] * (n_texel * s) - 1
         with b.range(0, self.push["n_chunk"]) as chunk:
             base = (start + chunk) * (n_texel * s) + self.lane
             if self.ahead is not None:
@@ -233,7 +259,7 @@ class _Body:
         n_chunk = self.push["n_chunk"]
         n_step, w = n_chunk * f.steps, self.bufs["w"]
         group = b.min(self.group, self.push["n_group"] - 1)
-        base = group * (n_chunk * f.n_texel(self.rows))
+        base = self.of_expert(group) * (n_chunk * f.n_texel(self.rows))
         with b.range(self.lane, n_step, step=self.spec.lanes) as at:
             chunk, step = (at, 0) if f.steps == 1 else (at >> 2, at & 3)
             body = base + n_chunk * f.n_head(self.rows) + at
@@ -568,6 +594,16 @@ class _LaneChunkX(_X):
         return tree_sum([self.integer(t, slot, comp) for slot in slots for comp in comps])
 
 
+def tanh(b: Block, v: Value) -> Value:
+    """tanh by one exponential: right for any finite number, and NaN stays NaN where a driver's exp loses it."""
+    return b.select(b.isnan(v), v, 1.0 - 2.0 / (b.exp(v * 2.0) + 1.0))
+
+
+def at_most(b: Block, v: Value, limit: float) -> Value:
+    """The smaller of the two; NaN stays NaN, which min may hide."""
+    return b.select(v > limit, limit, v)
+
+
 def tree_sum(values: Sequence[Value]) -> Value:
     """The sum, pairwise: short chains."""
     values = list(values)
@@ -639,14 +675,28 @@ class _Epilogue:
         inside = row * 2 < n_row if self.spec.epilogue == "qkv" else row < n_row
         with b.when(inside & (token < self.push["n_token"])):
             if self.spec.bias:
-                values = [v + self.bufs["bias"][packed + e * lanes] for e, v in enumerate(values)]
+                at = packed
+                if self.body.expert_group is not None:
+                    at = at + self.body.expert_group * self.spec.layout.group_rows
+                values = [v + self.bufs["bias"][at + e * lanes] for e, v in enumerate(values)]
             if self.spec.epilogue == "qkv":
                 self._rotate_and_cache(values[0], values[1], row, token)
                 return
             at = token * self.push["y_stride"] + self.push["first_row"] + row
             y = self.bufs["y"]
+            if self.spec.scale != 1.0:
+                values = [v * self.spec.scale for v in values]
+            if self.spec.softcap:
+                values = [tanh(b, v * (1.0 / self.spec.softcap)) * self.spec.softcap for v in values]
             if self.spec.epilogue == "swiglu":
                 y[at] = values[0] / (b.exp(-values[0]) + 1.0) * values[1]
+            elif self.spec.epilogue == "geglu":
+                gate, up = values
+                inner = (gate * gate * 0.044715 + 1.0) * gate * math.sqrt(2.0 / math.pi)
+                y[at] = (tanh(b, inner) + 1.0) * gate * 0.5 * up
+            elif self.spec.epilogue == "swiglu_oai":
+                gate, up = at_most(b, values[0], OAI_LIMIT), -at_most(b, -at_most(b, values[1], OAI_LIMIT), OAI_LIMIT)
+                y[at] = gate / (b.exp(gate * -OAI_ALPHA) + 1.0) * (up + 1.0)
             elif self.spec.epilogue == "residual":
                 y[at] = y[at] + values[0]
             else:

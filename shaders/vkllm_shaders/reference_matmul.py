@@ -36,6 +36,21 @@ def swiglu(gate: F64, up: F64) -> F64:
     return gate / (1.0 + np.exp(-gate)) * up
 
 
+def swiglu_oai(gate: F64, up: F64, limit: float = 7.0, alpha: float = 1.702) -> F64:
+    """gpt-oss's gated unit: gate clamped from above, up from both sides, gate * sigmoid(alpha * gate) * (up + 1)."""
+    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return np.asarray(gate / (1.0 + np.exp(-alpha * gate)) * (up + 1.0))
+
+
+def experts(w: F64, x: F64, ids: NDArray[np.uint32], bias: F64 | None = None) -> F64:
+    """Row i is x[i] times the weights of expert ids[i].
+
+    w [n_expert, n_row, n_col], x [n, n_col], bias [n_expert, n_row] → [n, n_row].
+    """
+    y = np.stack([w[e] @ row for e, row in zip(ids, x, strict=True)])
+    return y if bias is None else y + bias[ids]
+
+
 def rotate(x: F64, table: F64, head_dim: int, pairing: str) -> F64:
     """RoPE on heads: x [n_token, n_head * head_dim], table [n_token, head_dim / 2, 2] (cos, sin)."""
     heads = x.reshape(len(x), -1, head_dim)

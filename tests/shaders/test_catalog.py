@@ -15,7 +15,8 @@ from vkllm_shaders.catalog import entries
 
 PUSH = {
     "n_chunk": 2, "n_group": 2, "x_stride": 128, "n_token": 2, "n_row": 16, "first_row": 0, "n_col": 256, "capacity": 8,
-    "y_stride": 64, "n_head": 14, "n_kv_head": 2, "n_vocab": 5003, "n_segment": 2, "n_split": 2, "eps": 1e-5,
+    "y_stride": 64, "n_head": 14, "n_kv_head": 2, "n_vocab": 5003, "n_segment": 2, "n_split": 2, "n_share": 1, "n_texel": 50,
+    "eps": 1e-5,
 }  # fmt: skip
 SIZE = 1 << 19
 """Bytes of every buffer: more than the push constants above reach."""
@@ -25,7 +26,7 @@ CATALOG = entries(chunk_lanes=8)
 
 def example(name: str, dtype: Any, rng: np.random.Generator) -> Any:
     """Contents that keep every index in bounds and every number finite, whatever the kernel makes of them."""
-    if name in ("params", "block_table", "candidates"):
+    if name in ("params", "block_table", "candidates", "ids"):
         return np.full(SIZE // 4, 5, np.uint32)
     if dtype.is_float:
         return rng.standard_normal(SIZE // dtype.scalar.itemsize).astype(dtype.numpy)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vkllm_codegen.errors import KernelError
 from vkllm_shaders.formats import FORMATS, Layout, pack, pack_vector, packed_nbytes, row_order
 from vkllm_shaders.matmul import ALIGN_COLUMNS, MatmulSpec, matmul
-from vkllm_shaders.reference_matmul import dequantize, linear, rotate, swiglu
+from vkllm_shaders.reference_matmul import dequantize, experts, linear, rmsnorm, rotate, swiglu, swiglu_oai
 
 sys.path.insert(0, str(Path(__file__).parent))
 from check import check_kernel, lanes
@@ -213,3 +214,86 @@ def test_int8_activations_hide_no_nan() -> None:
         case.push |= {"y_stride": 40, "first_row": 0}
         got = case.run({}, interpreted=False, glsl=False)["y"]
         assert not np.isfinite(got).any()
+
+
+def check_experts(
+    spec: MatmulSpec,
+    n_expert: int,
+    n_row: int,
+    n_col: int,
+    n_token: int,
+    n_used: int,
+    *,
+    x_per_slot: bool,
+    max_nmse: float = 1e-6,
+) -> None:
+    """Experts of random weights; gated ones of two parts. x has a row a token, or one for each token and slot."""
+    rng, f, gated = np.random.default_rng(n_row), FORMATS[spec.fmt], spec.epilogue != "store"
+    n_rows, n = (n_row, n_row) if gated else (n_row,), n_token * n_used
+    order = row_order(spec.epilogue, spec.layout, n_rows)
+    blocks = random_blocks(spec.fmt, n_expert * sum(n_rows), n_col).reshape(n_expert, sum(n_rows), -1)
+    packed = np.zeros((n_expert, packed_nbytes(f, len(order), n_col, spec.layout)), np.uint8)
+    for e in range(n_expert):
+        pack(f, blocks[e], n_col, spec.layout, packed[e], order)
+    ids = np.concatenate([rng.permutation(n_expert)[:n_used] for _ in range(n_token)]).astype(np.uint32)
+    n_share = 1 if x_per_slot else n_used
+    x = np.zeros((n // n_share, -(-n_col // ALIGN_COLUMNS) * ALIGN_COLUMNS), np.float32)
+    x[:, :n_col] = rng.standard_normal((len(x), n_col))
+    rows = np.repeat(x[:, :n_col].astype(np.float64), n_share, axis=0)
+    bias = 4 * rng.standard_normal((n_expert, sum(n_rows))) if spec.bias else None
+    norm = rng.uniform(0.5, 1.5, n_col)
+    weights = np.stack([dequantize(spec.fmt, blocks[e]) for e in range(n_expert)])
+    y = experts(weights, rmsnorm(rows, norm, EPS) if spec.norm else rows, ids, bias)
+    gate = {"swiglu": swiglu, "swiglu_oai": swiglu_oai}.get(spec.epilogue)
+    y = gate(y[:, :n_row], y[:, n_row:]) if gate else y
+    buffers = {
+        "w": packed.view(np.uint32).reshape(-1, 4),
+        "x": x,
+        "norm_w": np.pad(norm, (0, x.shape[1] - n_col)).astype(np.float32),
+        "ids": ids,
+        "y": rng.standard_normal((n, n_row + 5)).astype(np.float32),
+    }
+    if bias is not None:
+        buffers["bias"] = np.concatenate([pack_vector(b.astype(np.float32), order) for b in bias])
+    expected = buffers["y"].astype(np.float64)
+    expected[:, 2 : 2 + n_row] = y
+    push = {"n_chunk": f.n_chunk(n_col), "n_group": spec.layout.n_group(len(order)), "x_stride": x.shape[1] // 4}
+    push |= {"n_token": n, "n_row": n_row, "first_row": 2, "y_stride": n_row + 5, "n_share": n_share, "n_col": n_col, "eps": EPS}
+    kernel = matmul(spec)
+    check_kernel(
+        kernel,
+        {"y": expected},
+        {b.name: buffers[b.name] for b in kernel.bindings},
+        {name: push[name] for name, _, _ in kernel.push},
+        {},
+        spec.groups(len(order), n),
+        max_nmse=max_nmse,
+        subgroup_size=None if spec.on_lavapipe else spec.subgroup,
+    )
+
+
+@pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])
+@pytest.mark.parametrize(
+    "fmt, fused, sizes",
+    [
+        ("Q4_K", {"epilogue": "swiglu", "norm": True}, (5, 33, 256, 3, 2)),
+        ("MXFP4", {"epilogue": "swiglu_oai", "norm": True, "bias": True}, (32, 40, 96, 2, 4)),
+        ("MXFP4", {"bias": True}, (3, 7, 64, 1, 3)),
+        ("Q8_0", {}, (1, 1, 32, 4, 1)),
+        ("F16", {"epilogue": "swiglu"}, (7, 17, 36, 2, 6)),
+    ],
+    ids=str,
+)
+def test_experts(fmt: str, fused: dict[str, Any], sizes: tuple[int, ...], kind: str) -> None:
+    check_experts(spec_of(fmt, kind, experts=True, **fused), *sizes, x_per_slot="epilogue" not in fused)
+
+
+def test_experts_with_int8_activations() -> None:
+    spec = spec_of("Q4_K", "lane_row", experts=True, activations="int8")
+    check_experts(spec, 6, 50, 512, 3, 2, x_per_slot=True, max_nmse=5e-5)
+
+
+def test_experts_are_only_where_they_can_be() -> None:
+    for fields in ({"tile": 2}, {"gather": True}, {"epilogue": "residual"}):
+        with pytest.raises(KernelError, match="experts"):
+            MatmulSpec("Q8_0", experts=True, **fields)

@@ -21,16 +21,16 @@ def row_order(
 ) -> NDArray[np.int64]:
     """The source row of each packed row, over the rows of the parts one below the other; -1 is padding.
 
-    "store", "residual": as they are. "swiglu": parts (gate, up); a lane's rows are (gate i, up i) pairs.
+    "store", "residual": as they are. "swiglu", "geglu", "swiglu_oai": parts (gate, up); a lane's rows are (gate i, up i) pairs.
     "qkv": parts q, k, v or some of them, heads of `head_dim` rows; a lane's rows are RoPE pairs: rows (2i, 2i + 1) of a head
     where rope_pairing is "interleaved", rows (i, i + head_dim / 2) where it is "half".
     """
     n_row = sum(n_rows)
     if epilogue in ("store", "residual"):
         return _padded(np.arange(n_row), layout.group_rows)
-    if epilogue == "swiglu":
+    if epilogue in ("swiglu", "geglu", "swiglu_oai"):
         if len(n_rows) != 2 or n_rows[0] != n_rows[1]:
-            raise KernelError(f"swiglu of parts with {list(n_rows)} rows", hint="expected gate and up of one size")
+            raise KernelError(f"{epilogue} of parts with {list(n_rows)} rows", hint="expected gate and up of one size")
         pairs = np.stack([np.arange(n_rows[0]), np.arange(n_rows[0]) + n_rows[0]])
     else:
         if head_dim < 2 or head_dim % 2 or any(n % head_dim for n in n_rows):

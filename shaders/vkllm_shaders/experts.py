@@ -1,0 +1,135 @@
+"""What a mixture of experts needs beside its matrices: the router's choice, and the sum over the chosen experts.
+
+`route` finds each token's best experts as sampling finds the best logits: a turn for each, the best of those that come after the
+last one in the order (value falling, id rising). The matrices themselves are matmul's with `experts`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from vkllm_codegen import Block, Buffer, Kernel, Value, f32, f32x4, kernel, read, readwrite, texel, u32, write
+from vkllm_codegen.errors import KernelError
+
+MINUS_INFINITY = 0xFF800000
+MAX_EXPERTS, MAX_USED = 256, 16
+WORKGROUP = 32
+
+
+@dataclass(frozen=True)
+class RouteSpec:
+    """n_used of n_expert; softmax: "all" experts' (the weights of the used ones sum to less than 1), or only the "used" ones'.
+
+    The softmax over all, divided by the used ones' sum (norm_topk_prob), is the softmax over the used.
+    lanes: subgroup size, one subgroup a workgroup.
+    """
+
+    n_expert: int
+    n_used: int
+    softmax: Literal["all", "used"] = "used"
+    lanes: int = 8
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_used <= min(self.n_expert, MAX_USED) or self.n_expert > MAX_EXPERTS:
+            raise KernelError(
+                f"{self.n_used} of {self.n_expert} experts", hint=f"expected up to {MAX_USED} of up to {MAX_EXPERTS} experts"
+            )
+
+
+@cache
+def route(spec: RouteSpec) -> Kernel:
+    """logits f32 [n_token, x_stride] → ids u32, weights f32, both [n_token, n_used], best first. Dispatch: (n_token, 1, 1).
+
+    Ties go to the lower id. NaN counts as -inf, so that ids are always those of experts; where all logits are NaN, weights are.
+    Push: x_stride: floats a row of logits.
+    """
+    held = range(-(-spec.n_expert // spec.lanes))  # lane l has experts l, l + lanes, …
+    slots = range(-(-spec.n_used // spec.lanes))  # and finishes slots l, l + lanes, …
+
+    @kernel(
+        logits=read(f32),
+        ids=write(u32),
+        weights=write(f32),
+        push={"x_stride": u32},
+        local_size=spec.lanes,
+        name=f"route_{spec.n_used}_of_{spec.n_expert}_{spec.softmax}_s{spec.lanes}",
+    )
+    def body(b: Block, logits: Buffer, ids: Buffer, weights: Buffer, *, x_stride: Value) -> None:
+        token, lane = b.workgroup_id(0), b.local_id(0)
+        lowest = b.const(u32, MINUS_INFINITY).bitcast(f32)
+
+        # 1. Each lane loads its experts' logits; those that do not exist come after all others.
+        experts = [lane + i * spec.lanes for i in held]
+        values = []
+        for e in experts:
+            v = logits[token * x_stride + b.min(e, spec.n_expert - 1)]
+            values.append(b.select(b.isnan(v) | (e >= spec.n_expert), lowest, v))
+
+        # 2. A turn for each expert used: the best after the last. All lanes know it; one keeps it.
+        value, id = b.var(f32, lowest), b.var(u32, 0)
+        kept_value, kept_id = [b.var(f32, 0.0) for _ in slots], [b.var(u32, 0) for _ in slots]
+        highest, total = b.var(f32, 0.0), b.var(f32, 0.0)
+        with b.range(0, spec.n_used) as turn:
+            best_value, best_id = lowest, b.const(u32, spec.n_expert)
+            for e, v in zip(experts, values, strict=True):
+                after = (turn == 0) | (v < value.get()) | ((v == value.get()) & (e > id.get()))
+                better = after & ((v > best_value) | (best_id == spec.n_expert)) & (e < spec.n_expert)
+                best_value, best_id = b.select(better, v, best_value), b.select(better, e, best_id)
+            value.set(b.subgroup_max(best_value))
+            id.set(b.subgroup_min(b.select(best_value == value.get(), best_id, b.const(u32, spec.n_expert))))
+            highest.set(b.select(turn == 0, value.get(), highest.get()))
+            total.add(b.exp(value.get() - highest.get()))
+            for i in slots:
+                mine = turn == lane + i * spec.lanes
+                kept_value[i].set(b.select(mine, value.get(), kept_value[i].get()))
+                kept_id[i].set(b.select(mine, id.get(), kept_id[i].get()))
+
+        # 3. The softmax; what does not exist adds exp(-inf) = 0.
+        top = highest.get()
+        if spec.softmax == "all":
+            mine_of_all = b.exp(values[0] - top)
+            for v in values[1:]:
+                mine_of_all = mine_of_all + b.exp(v - top)
+            total.set(b.subgroup_add(mine_of_all))
+        for i in slots:
+            slot = lane + i * spec.lanes
+            with b.when(slot < spec.n_used):
+                ids[token * spec.n_used + slot] = kept_id[i].get()
+                weights[token * spec.n_used + slot] = b.exp(kept_value[i].get() - top) / total.get()
+
+    return body
+
+
+def combine_groups(n_col: int, n_token: int) -> tuple[int, int, int]:
+    """Workgroups of a dispatch: an invocation takes four columns of a token."""
+    return -(-n_col // (4 * WORKGROUP)), n_token, 1
+
+
+@cache
+def combine(n_used: int, kind: str = "lane_row") -> Kernel:
+    """y[t] += sum over slots s of weights[t, s] * x[t * n_used + s], in the order of s. Dispatch: combine_groups(n_col, n_token).
+
+    Bindings: x (f32x4; texel in lane_row, storage in lane_chunk), weights f32 [n_token, n_used], y f32x4. Push: n_texel:
+    n_col / 4, rounded up: the padding of x, which is zero, is added too; x_stride, y_stride: texels a row.
+    """
+
+    @kernel(
+        x=(texel if kind == "lane_row" else read)(f32x4),
+        weights=read(f32),
+        y=readwrite(f32x4),
+        push={"n_texel": u32, "x_stride": u32, "y_stride": u32},
+        local_size=WORKGROUP,
+        name=f"combine_{n_used}_{kind}",
+    )
+    def body(b: Block, x: Buffer, weights: Buffer, y: Buffer, *, n_texel: Value, x_stride: Value, y_stride: Value) -> None:
+        at, token = b.global_id(0), b.workgroup_id(1)
+        with b.when(at < n_texel):
+            total = y[token * y_stride + at]
+            for slot in range(n_used):
+                row = token * n_used + slot
+                total = total + x[row * x_stride + at] * weights[row]
+            y[token * y_stride + at] = total
+
+    return body

@@ -1,0 +1,85 @@
+"""The router's choice and the sum over experts: awkward counts, ties, and logits that are no numbers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vkllm_codegen.errors import KernelError
+from vkllm_shaders import reference
+from vkllm_shaders.experts import RouteSpec, combine, combine_groups, route
+
+sys.path.insert(0, str(Path(__file__).parent))
+from check import check_kernel, lanes
+
+COUNTS = [(1, 1), (2, 2), (7, 3), (8, 1), (9, 8), (31, 16), (32, 4), (128, 8), (256, 16)]
+
+
+def check_route(logits: np.ndarray, spec: RouteSpec, padding: int = 3, *, on_device: bool = True) -> dict[str, np.ndarray]:
+    """Rows of logits with room behind them that must not matter."""
+    n_token = len(logits)
+    ids, weights = reference.route(logits, spec.n_used, spec.softmax)
+    buffers = {
+        "logits": np.pad(logits, ((0, 0), (0, padding)), constant_values=1e30),
+        "ids": np.full((n_token, spec.n_used), 0xFFFFFFFF, np.uint32),
+        "weights": np.full((n_token, spec.n_used), np.nan, np.float32),
+    }
+    push = {"x_stride": logits.shape[1] + padding}
+    groups, size = (n_token, 1, 1), spec.lanes
+    return check_kernel(
+        route(spec), {"ids": ids, "weights": weights}, buffers, push, {}, groups, on_device=on_device, subgroup_size=size
+    )
+
+
+@pytest.mark.parametrize("softmax", ["all", "used"])
+@pytest.mark.parametrize("n_expert, n_used", COUNTS)
+def test_route(n_expert: int, n_used: int, softmax: Literal["all", "used"]) -> None:
+    logits = np.random.default_rng(n_expert).standard_normal((5, n_expert)).astype(np.float32) * 4
+    check_route(logits, RouteSpec(n_expert, n_used, softmax, lanes()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), lane_count=st.sampled_from([4, 8, 32]), softmax=st.sampled_from(["all", "used"]))
+def test_ties_go_to_the_lowest_id(data: st.DataObject, lane_count: int, softmax: Literal["all", "used"]) -> None:
+    n_expert = data.draw(st.integers(1, 70))
+    spec = RouteSpec(n_expert, data.draw(st.integers(1, min(16, n_expert))), softmax, lane_count)
+    values = st.sampled_from([-3.0, 0.0, 0.5, 80.0, -float("inf")])
+    row = data.draw(st.lists(values, min_size=n_expert, max_size=n_expert).filter(lambda r: max(r) > -1e30))
+    check_route(np.array([row], np.float32), spec, on_device=False)
+
+
+def test_ids_are_those_of_experts_whatever_the_logits() -> None:
+    spec = RouteSpec(9, 5, "used", lanes())
+    logits = np.full((3, 9), np.nan, np.float32)
+    logits[1, 6], logits[2, :3] = 1.0, (2.0, np.inf, 2.0)
+    expected = np.array([[0, 1, 2, 3, 4], [6, 0, 1, 2, 3], [1, 0, 2, 3, 4]], np.uint32)
+    buffers = {"logits": logits, "ids": np.zeros((3, 5), np.uint32), "weights": np.zeros((3, 5), np.float32)}
+    got = check_kernel(route(spec), {"ids": expected}, buffers, {"x_stride": 9}, {}, (3, 1, 1), subgroup_size=spec.lanes)
+    assert np.isnan(got["weights"][0]).all()
+    assert got["weights"][1].tolist() == [1, 0, 0, 0, 0]
+
+
+def test_counts_without_kernels_are_refused() -> None:
+    for n_expert, n_used in ((257, 8), (64, 17), (4, 5), (4, 0)):
+        with pytest.raises(KernelError, match=f"{n_used} of {n_expert} experts"):
+            RouteSpec(n_expert, n_used)
+
+
+@pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])
+@pytest.mark.parametrize("n_col, n_used, n_token", [(1, 1, 1), (127, 2, 3), (128, 8, 2), (516, 16, 2)])
+def test_combine(n_col: int, n_used: int, n_token: int, kind: str) -> None:
+    rng = np.random.default_rng(n_col)
+    x, y, weights = (np.float32(rng.standard_normal(s)) for s in ((n_token, n_used, n_col), (n_token, n_col), (n_token, n_used)))
+    wide = -(-n_col // 4) * 4
+    x_room = np.pad(x, ((0, 0), (0, 0), (0, wide + 8 - n_col)))
+    y_room = np.pad(y, ((0, 0), (0, wide + 4 - n_col)))
+    expected = np.pad(reference.combine(y, x, weights), ((0, 0), (0, wide + 4 - n_col)))
+    push = {"n_texel": wide // 4, "x_stride": wide // 4 + 2, "y_stride": wide // 4 + 1}
+    buffers = {"x": x_room, "weights": weights, "y": y_room}
+    check_kernel(combine(n_used, kind), {"y": expected}, buffers, push, {}, combine_groups(n_col, n_token))
