@@ -105,6 +105,16 @@ class CancelledRequestError(VkllmError):
     """The request was cancelled: by its client, or because the engine closes."""
 
 
+@dataclass(slots=True)
+class Progress:
+    """How far a request has got, also where it does not end well. Times count from its submission; None: not yet."""
+
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    queue_s: float | None = None  # until its first step
+    ttft_s: float | None = None
+
+
 @dataclass(eq=False)
 class Handle:
     """A submitted request. Iterate over its events, or wait for its result; `cancel` at any time."""
@@ -112,6 +122,7 @@ class Handle:
     id: int
     n_prompt: int
     _engine: BatchEngine
+    progress: Progress = field(default_factory=Progress)  # written by the worker
     _events: SimpleQueue[BatchEvent] = field(default_factory=SimpleQueue)
     _listener: Listener | None = None
 
@@ -153,6 +164,7 @@ class _Stream:
     stop: StopMatcher
     ends: frozenset[int]
     embeds: bool = False
+    shown: frozenset[int] = frozenset()
     hidden_sum: NDArray[np.float64] | None = None
     row: Row | None = None
     ids: list[int] = field(default_factory=list)
@@ -247,10 +259,11 @@ class BatchEngine:
         *,
         constraint: Constraint | None = None,
         embed: bool = False,
+        shown: frozenset[int] = frozenset(),
         listener: Listener | None = None,
     ) -> Handle:
-        """Queue a request. `embed`: no text, but an embedding of the prompt. `listener` gets the events in the worker thread and
-        must be quick; without one they are queued.
+        """Queue a request. `embed`: no text, but an embedding of the prompt. `shown`: control tokens that are to be part of the
+        text. `listener` gets the events in the worker thread and must be quick; without one they are queued.
 
         Raises: RequestError, ContextTooLongError: as `LLMEngine.stream`; CapacityError: the queue is full, or the engine has
         failed or closes.
@@ -275,6 +288,7 @@ class BatchEngine:
             StopMatcher(params.stop),
             frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.tokenizer.eos_ids),
             embed,
+            shown,
         )
         if self.pacer is not None and self.pacer.batch_limit == 0:
             hot = ThermalLimitError("the device is too hot to take work", hint="try again later")
@@ -310,6 +324,10 @@ class BatchEngine:
                 self._news.wait(STOPPED_POLL_S if limit == 0 else None)
                 continue
             started = time.perf_counter()
+            for chunk in chunks:
+                stream = self._by_row[chunk.sequence]
+                if stream.handle.progress.queue_s is None:
+                    stream.handle.progress.queue_s = started - stream.submitted_s
             try:
                 self._step(chunks)
             except Exception as error:  # the device is lost, or a bug of ours: nobody may wait for ever
@@ -394,12 +412,13 @@ class BatchEngine:
 
     def _advance(self, stream: _Stream, greedy: int, logits: Logits | None) -> None:
         """One more token of a stream: choose it, turn it into text, see whether that was the end."""
-        row, now = stream.row, time.perf_counter()
+        row, now, progress = stream.row, time.perf_counter(), stream.handle.progress
         assert row is not None
         token, logprobs = self._choose(stream, greedy, logits)
         if stream.decoder is None:
             stream.decoder, stream.first_token_s = self.tokenizer.stream(stream.prompt_ids), now
             self.stats.cached_tokens += row.n_cached
+            progress.cached_tokens, progress.ttft_s = row.n_cached, now - stream.submitted_s
             self._observe("ttft", now - stream.submitted_s)
         else:
             self._observe("gap", now - stream.last_token_s)
@@ -409,8 +428,10 @@ class BatchEngine:
             return
         more = stream.constraint is None or stream.constraint.accept(token)
         stream.ids.append(token)
+        progress.completion_tokens = len(stream.ids)
         self.stats.completion_tokens += 1
-        text, stopped = stream.stop.push(stream.decoder.push(token))
+        piece = self.tokenizer.token_bytes(token).decode() if token in stream.shown else stream.decoder.push(token)
+        text, stopped = stream.stop.push(piece)
         if stopped or not more or len(stream.ids) >= stream.n_max:
             self._finish(stream, "stop" if stopped or not more else "length", text, (token,), logprobs)
             return

@@ -5,31 +5,70 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 
+ENDLESS = {"logit_bias": {"2047": -100, "2045": -100}}  # the end tokens of `tiny` are never drawn
+
+
+@contextmanager
+def limited(batch: Any, **limits: Any) -> Iterator[int]:
+    """Another server over the same engine, with these limits on connections; its port."""
+    from vkllm.serve.app import create_app
+    from vkllm.serve.metrics import Metrics
+    from vkllm.serve.options import Address, ConnectionLimits, ServerOptions
+    from vkllm.serve.server import Server
+
+    app = create_app(batch, ServerOptions("tiny"), Metrics())
+    server = Server(app, Address(port=0), stop_s=5.0, limits=ConnectionLimits(**limits))
+    server.start()
+    try:
+        yield server.port
+    finally:
+        server.stop()
+
 
 def test_connections_that_are_opened_and_left(session_server: Any) -> None:
-    from vkllm.serve.app import ServerOptions, create_app
-    from vkllm.serve.command import Address, Server
-    from vkllm.serve.metrics import Metrics
+    with limited(session_server.batch, most=20, patience_s=1.0) as port:
+        left = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(40)]
+        try:
+            answers = [s.recv(1000) for s in left[:20]]
+            assert all(a.startswith(b"HTTP/1.1 503") and b"20 connections" in a for a in answers), "the oldest make room"
+            assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=30).status_code == 200
+            assert left[20].recv(1000).startswith(b"HTTP/1.1 503"), "and the next one made room for us"
+            assert [s.recv(1000) for s in left[21:]] == [b""] * 19, "closed after a second"
+        finally:
+            for s in left:
+                s.close()
 
-    app = create_app(session_server.batch, ServerOptions("tiny"), Metrics())
-    server = Server(app, Address(port=0), stop_s=5.0, max_connections=20, patience_s=1.0)
-    server.start()
-    left = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(40)]
-    try:
-        answers = [s.recv(1000) for s in left[20:]]
-        assert all(a.startswith(b"HTTP/1.1 503") for a in answers)
-        assert [s.recv(1000) for s in left[:20]] == [b""] * 20, "closed after a second"
-        assert httpx.get(f"http://127.0.0.1:{server.port}/health", timeout=30).status_code == 200
-    finally:
-        for s in left:
-            s.close()
-        server.stop()
+
+def test_where_all_are_busy_a_new_connection_is_refused(server: Any) -> None:
+    ask = json.dumps({"model": "tiny", "prompt": "Once", "max_tokens": 400, "stream": True} | ENDLESS).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(ask)}\r\n\r\n".encode()
+    with limited(server.batch, most=1) as port, socket.create_connection(("127.0.0.1", port), timeout=10) as busy:
+        busy.sendall(head + ask)
+        assert busy.recv(10) == b"HTTP/1.1 2"
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as new:
+            assert new.recv(1000).startswith(b"HTTP/1.1 503")
+    server.quiet()
+
+
+def test_a_request_that_never_gets_complete(session_server: Any) -> None:
+    """A byte now and then keeps no connection open."""
+    with limited(session_server.batch, most=20, patience_s=0.5) as port:
+        whole = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
+            slow.sendall(whole)
+            reply = b""
+            while not reply.endswith(b"}"):
+                reply += slow.recv(1000)
+            slow.sendall(whole[:5])
+            assert slow.recv(1000) == b"", "closed, though it has begun a second request"
 
 
 def test_a_client_that_stops_reading_holds_up_nobody(server: Any) -> None:

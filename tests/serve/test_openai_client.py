@@ -79,7 +79,9 @@ def test_a_required_call_follows_the_schema(client: Any, choice: Any, stream: bo
     reply = client.chat.completions.create(**fields, temperature=0, stream=stream)
     if stream:
         said = [c for p in reply for c in p.choices]
-        [call] = [t for c in said for t in c.delta.tool_calls or ()]
+        call, *more = [t for c in said for t in c.delta.tool_calls or ()]
+        assert call.index == 0 and call.id and call.type == "function" and all(m.index == 0 and m.id is None for m in more)
+        call.function.arguments += "".join(m.function.arguments for m in more)
         assert said[-1].finish_reason == "tool_calls" and not any(c.delta.content for c in said)
     else:
         [call] = reply.choices[0].message.tool_calls

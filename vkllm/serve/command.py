@@ -4,85 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import socket
-import threading
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
 from vkllm.config import RuntimeConfig
 from vkllm.errors import ConfigError
 from vkllm.homeostasis import HomeostasisConfig, Mode
+from vkllm.serve import logs
+from vkllm.serve.options import Address, ConnectionLimits, ServerOptions
 from vkllm.serve.pacing import paced
+from vkllm.serve.server import Server
 
 if TYPE_CHECKING:
-    from vkllm.batching import BatchEngine
+    from vkllm.batching import BatchEngine, Pacer
+    from vkllm.engine import LLMEngine
 
 log = logging.getLogger("vkllm.serve")
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where to listen. Port 0: any free one."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-
-
-class Server:
-    """uvicorn with our application on a socket of ours: `run` serves until `stop`, or a signal where it has the main thread.
-
-    `stop_s`: how long running replies may go on then; `patience_s`: how long a connection may be open without a request.
-    """
-
-    def __init__(
-        self, app: Any, address: Address, *, stop_s: float = 30.0, max_connections: int = 512, patience_s: float = 15.0
-    ) -> None:
-        import uvicorn
-
-        from vkllm.serve.connections import protocol
-
-        self._socket = socket.create_server((address.host, address.port), backlog=1024)
-        self.port: int = self._socket.getsockname()[1]
-        config = uvicorn.Config(
-            app,
-            http=protocol(max_connections, patience_s),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=15,
-            timeout_graceful_shutdown=round(stop_s),
-            h11_max_incomplete_event_size=64 << 10,
-            ws="websockets-sansio",
-            ws_max_size=4 << 20,
-        )
-        self._server = uvicorn.Server(config)
-        self._thread: threading.Thread | None = None
-
-    def run(self) -> None:
-        """Serve in this thread. In the main thread SIGINT and SIGTERM stop it, and `run` returns."""
-        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        before = [signal.signal(s, lambda *_: None) for s in signals]  # uvicorn raises them again when it has stopped
-        try:
-            self._server.run(sockets=[self._socket])
-        finally:
-            self._socket.close()
-            for number, handler in zip(signals, before, strict=True):
-                signal.signal(number, handler)
-
-    def start(self) -> None:
-        """Serve in a thread of its own."""
-        self._thread = threading.Thread(target=self.run, name="vkllm-http", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """No new connections; what runs may finish, up to the deadline."""
-        self._server.should_exit = True
-        if self._thread is not None:
-            self._thread.join()
 
 
 def key_from(given: str | None, file: Path | None) -> str | None:
@@ -113,66 +53,87 @@ def serve(
         float | None, typer.Option(help="Hold the device's own power limit at so many watts, where that is allowed.")
     ] = None,
     cache_tokens: Annotated[int | None, typer.Option(min=1, help="Positions of the KV cache; default: for all at once.")] = None,
+    max_connections: Annotated[int, typer.Option(min=1, help="Connections that may be open at once.")] = 4096,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_format: Annotated[str, typer.Option(help="text, or json: one object a line.")] = "text",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what clients ask and are told.")] = False,
 ) -> None:
-    """Serve a model with OpenAI's API. Ctrl-C or SIGTERM stops it: running streams may finish."""
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    """Serve a model with OpenAI's API. Ctrl-C or SIGTERM stops it: running streams may finish. SIGHUP loads the model again."""
+    configure_logs(log_format, log_level, log_prompts)
     key = key_from(api_key, api_key_file)
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("listening on %s without an API key: everybody who reaches it may use it", host)
     runtime = RuntimeConfig(device=device, n_ctx=n_ctx, n_seq=parallel, cache_tokens=cache_tokens)
     serve_model(
-        model,
         runtime,
         Address(host, port),
-        key=key,
-        alias=alias,
+        ServerOptions(alias or Path(model).stem, key, max_body, rate, path=model, log_prompts=log_prompts),
         n_queue=queue,
-        max_body=max_body,
-        rate=rate,
+        max_connections=max_connections,
         stop_s=stop_after,
         pacing=HomeostasisConfig(mode=cast(Mode, homeostasis), target_c=target),
         watts=power_limit,
     )
 
 
+def configure_logs(form: str, level: str, prompts: bool) -> None:
+    """Raises: ConfigError: an unknown form or level."""
+    levels = ("debug", "info", "warning", "error")
+    for name, given, known in (("format", form, get_args(logs.LogFormat)), ("level", level.lower(), levels)):
+        if given not in known:
+            raise ConfigError(f"--log-{name} is {given!r}", hint=f"choose {', '.join(known)}")
+    logs.configure(cast(logs.LogFormat, form), level, prompts=prompts)
+
+
 def serve_model(
-    model: str,
     runtime: RuntimeConfig,
     address: Address,
+    options: ServerOptions,
     *,
-    key: str | None,
-    alias: str | None,
     n_queue: int,
-    max_body: int,
-    rate: float | None,
+    max_connections: int,
     stop_s: float,
     pacing: HomeostasisConfig,
     watts: float | None,
 ) -> None:
-    """Load and serve until a signal. Raises: ConfigError: the `serve` extra is not installed."""
+    """Load the model of `options.path` and serve until a signal. Raises: ConfigError: the `serve` extra is not installed."""
     try:
-        from vkllm.serve.app import ServerOptions, create_app
+        from vkllm.serve.app import create_app, served
+        from vkllm.serve.connections import allowed_connections
+        from vkllm.serve.host import ModelHost
         from vkllm.serve.metrics import Metrics
     except ImportError as error:
         raise ConfigError(f"{error.name} is not installed", hint="pip install 'vkllm[serve]'") from error
-    from vkllm.batching import BatchEngine
     from vkllm.engine import LLMEngine
 
-    metrics = Metrics()
-    with (
-        LLMEngine.init_model(model, runtime) as engine,
-        paced(engine, pacing, watts) as pacer,
-        BatchEngine(engine, pacer=pacer, n_queue=n_queue, observe=metrics.observe, revive=True) as batch,
-    ):
-        options = ServerOptions(alias or Path(model).stem, key, max_body, rate)
-        server = Server(create_app(batch, options, metrics), address, stop_s=stop_s)
-        _say(batch, options.model_id, address.host, server.port)
+    metrics, limits = Metrics(), ConnectionLimits(allowed_connections(max_connections))
+    if limits.most < max_connections:
+        log.warning("the limit on open files allows %d connections, not %d", limits.most, max_connections)
+    with LLMEngine.init_model(options.path, runtime) as engine, paced(engine, pacing, watts) as pacer:
+
+        def load(path: str) -> BatchEngine:
+            return batched(LLMEngine.init_model(path, runtime), pacer, n_queue, metrics.observe)
+
+        host = ModelHost(served(batched(engine, pacer, n_queue, metrics.observe), options), load)
+        app = create_app(host, options, metrics)
+        server = Server(app, address, stop_s=stop_s, limits=limits, max_message=options.max_body, hang_up=host.reload_soon)
+        _say(engine, options.model_id, address.host, server.port)
         server.run()
     log.info("stopped")
 
 
-def _say(batch: BatchEngine, model_id: str, host: str, port: int) -> None:
-    tokens = batch.pool.n_block * batch.pool.block_size
-    log.info("%s on %s; the cache holds %d tokens", model_id, batch.engine.device.info.name, tokens)
+def batched(engine: LLMEngine, pacer: Pacer | None, n_queue: int, observe: Callable[[str, float], None]) -> BatchEngine:
+    """An engine for many requests, which mends a lost device. Where that fails, the engine is closed."""
+    from vkllm.batching import BatchEngine
+
+    try:
+        return BatchEngine(engine, pacer=pacer, n_queue=n_queue, observe=observe, revive=True)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _say(engine: LLMEngine, model_id: str, host: str, port: int) -> None:
+    tokens = engine.chain.n_block * engine.runtime.block_size
+    log.info("%s on %s; the cache holds %d tokens", model_id, engine.device.info.name, tokens)
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)

@@ -3,13 +3,17 @@
 The client sends {"id": text, "request": {…}} with the fields of /v1/chat/completions (it has messages) or of /v1/completions, or
 {"id": text, "cancel": true}. The server sends {"id", "index", "text"} for every piece, then {"id", "index", "finish_reason",
 "usage"} for every choice; or {"id", "error"}, after which nothing more comes for that id.
+
+Every prompt counts for the rate limit, and is a line in the log. A message may be as long as a body of HTTP. A connection on
+which nothing is asked and nothing runs is closed after a while.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import WebSocket, WebSocketDisconnect
@@ -17,11 +21,16 @@ from pydantic import Field
 
 from vkllm.batching import CancelledRequestError
 from vkllm.serve import replies
-from vkllm.serve.replies import ApiError
+from vkllm.serve.calls import Call, request_id
+from vkllm.serve.gate import Rates, address_of
+from vkllm.serve.replies import ApiError, parse
+from vkllm.serve.runs import Run
 from vkllm.serve.schemas import ChatRequest, CompletionRequest, Strict
 
 MAX_OPEN = 64
+ROUTE = "/v1/stream"
 Asked = ChatRequest | CompletionRequest
+Begin = Callable[[Call, Asked], Awaitable[Run]]
 
 
 class Command(Strict):
@@ -33,29 +42,39 @@ class Command(Strict):
 
 
 class Duplex:
-    """One connection. `start` turns a request into a run of the engine; `parse` checks a message against a model."""
+    """One connection. `begin` turns a request into a run that ends with its call; `idle_s`: close it after so long."""
 
-    def __init__(self, ws: WebSocket, start: Callable[[Asked], Any], parse: Callable[[str, Any], Any]) -> None:
-        self._ws, self._start, self._parse = ws, start, parse
+    def __init__(self, ws: WebSocket, begin: Begin, rates: Rates, *, idle_s: float, log_prompts: bool = False) -> None:
+        self._ws, self._begin, self._rates, self._idle_s, self._log_prompts = ws, begin, rates, idle_s, log_prompts
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def serve(self) -> None:
         """Until the client leaves; what still runs then is cancelled."""
         await self._ws.accept()
         try:
-            while True:
-                await self._take(await self._ws.receive_text())
-        except (WebSocketDisconnect, KeyError):  # it left, or sent bytes
+            while (text := await self._next()) is not None:
+                await self._take(text)
+            await self._ws.close(1000, "idle")
+        except (WebSocketDisconnect, KeyError, RuntimeError):  # it left, or sent bytes
             pass
         finally:
             for task in self._tasks.values():
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
+    async def _next(self) -> str | None:
+        """The next message; None where none has come for long, and nothing runs."""
+        while True:
+            try:
+                return await asyncio.wait_for(self._ws.receive_text(), self._idle_s)
+            except TimeoutError:
+                if not self._tasks:
+                    return None
+
     async def _take(self, text: str) -> None:
         name: str | None = None
         try:
-            command: Command = self._parse(text, Command)
+            command = parse(text, Command)
             name = command.id
             if command.cancel:
                 if name in self._tasks:
@@ -63,35 +82,47 @@ class Duplex:
                 return
             if name in self._tasks or len(self._tasks) >= MAX_OPEN:
                 raise ApiError(400, f"the id {name!r} is in use, or {MAX_OPEN} requests are open", param="id")
+            self._rates.check(address_of(self._ws.scope))
             self._tasks[name] = asyncio.create_task(self._run(name, command.request or {}))
             self._tasks[name].add_done_callback(lambda _, name=name: self._tasks.pop(name, None))  # type: ignore[misc]
         except ApiError as error:
             await self._ws.send_json({"id": name, **error.body})
 
     async def _run(self, name: str, fields: dict[str, Any]) -> None:
-        run = None
+        call = Call(request_id(), "WS", ROUTE, 200, self._log_prompts)
         try:
-            asked: Asked = self._parse_request(fields)
-            run = await self._start(asked)
-            async for index, event in run.events():
-                if event.text:
-                    await self._ws.send_json({"id": name, "index": index, "text": event.text})
-                if event.result is not None:
-                    end = {"finish_reason": event.result.finish_reason, "usage": replies.usage([event.result.usage], 1)}
-                    await self._ws.send_json({"id": name, "index": index, **end})
+            await self._answer(name, fields, call)
         except asyncio.CancelledError:
-            await self._ws.send_json({"id": name, **ApiError.of(CancelledRequestError("the request was cancelled")).body})
+            call.error = "cancelled"
+            await self._fail(name, CancelledRequestError("the request was cancelled"))
         except (WebSocketDisconnect, RuntimeError):
-            pass  # the client has left
+            call.client_gone = True
         except Exception as error:
-            await self._ws.send_json({"id": name, **ApiError.of(error).body})
+            reply = await self._fail(name, error)
+            call.status, call.error = reply.status, reply.code or type(error).__name__
         finally:
-            if run is not None:
-                run.close()
+            call.close()
 
-    def _parse_request(self, fields: dict[str, Any]) -> Asked:
+    async def _answer(self, name: str, fields: dict[str, Any], call: Call) -> None:
+        run = await self._begin(call, self._request(fields))
+        async for index, event in run.events():
+            if event.text:
+                await self._ws.send_json({"id": name, "index": index, "text": event.text})
+            if event.result is not None:
+                end = {"finish_reason": event.result.finish_reason, "usage": replies.usage([event.result.usage], 1)}
+                await self._ws.send_json({"id": name, "index": index, **end})
+        call.note_text(reply=[r.text for r in run.finished()])
+
+    async def _fail(self, name: str, error: Exception) -> ApiError:
+        reply = ApiError.of(error)
+        with suppress(WebSocketDisconnect, RuntimeError):  # the client has left
+            await self._ws.send_json({"id": name, **reply.body})
+        return reply
+
+    @staticmethod
+    def _request(fields: dict[str, Any]) -> Asked:
         model: type[Asked] = ChatRequest if "messages" in fields else CompletionRequest
-        asked: Asked = self._parse(json.dumps(fields), model)
+        asked: Asked = parse(json.dumps(fields), model)
         wrong: Sequence[str] = [n for n in ("stream", "stream_options", "logprobs", "tools") if fields.get(n)]
         if wrong:
             raise ApiError(400, f"the field {wrong[0]} is not supported here", param=wrong[0], code="unsupported_field")

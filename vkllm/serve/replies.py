@@ -6,7 +6,9 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from vkllm.batching import TokenLogprob
 from vkllm.engine import Usage
@@ -15,6 +17,7 @@ from vkllm.tokenizer import Tokenizer
 from vkllm_codegen.errors import HintedError
 
 Kind = Literal["chat", "text"]
+M = TypeVar("M", bound=BaseModel)
 OBJECTS = {
     ("chat", False): "chat.completion",
     ("chat", True): "chat.completion.chunk",
@@ -55,6 +58,22 @@ class ApiError(Exception):
             reply.headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
             return reply
         return cls(500, message, code=type(error).__name__)
+
+
+def parse(text: str | bytes, model: type[M]) -> M:
+    """JSON as a `model`. Raises: ApiError: 400, naming the field."""
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or None
+        if first["type"] == "extra_forbidden":
+            message, code = f"the field {where} is not supported", "unsupported_field"
+        elif first["type"] == "json_invalid":
+            message, code = f"the body is no JSON: {first['msg']}", "invalid_json"
+        else:
+            message, code = f"{where}: {first['msg']}" if where else first["msg"], "invalid_value"
+        raise ApiError(400, message, param=where, code=code) from None
 
 
 class Reply:

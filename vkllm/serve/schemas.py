@@ -239,6 +239,10 @@ class ChatRequest(Generation):
             raise ValueError("give max_tokens or max_completion_tokens, not both")
         return self
 
+    def said(self) -> Any:
+        """What the client wrote, for a log that may hold it."""
+        return [m.model_dump(exclude_none=True) for m in self.messages]
+
     def params(self, choice: int) -> SamplingParams:
         """Without a limit: up to the context's end."""
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
@@ -254,6 +258,10 @@ class CompletionRequest(Generation):
     def prompts(self) -> list[str | list[int]]:
         """One prompt each: text or ids."""
         return _prompts(self.prompt)
+
+    def said(self) -> Any:
+        """What the client wrote, for a log that may hold it."""
+        return self.prompt
 
     def params(self, choice: int) -> SamplingParams:
         """Without a limit: OpenAI's 16 tokens."""
@@ -286,3 +294,10 @@ class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     tokens: list[int]
+
+
+class ReloadRequest(Strict):
+    """POST /admin/reload. `model`: a file, or a packaged model; without one the same file is loaded again."""
+
+    model: Annotated[str, Field(min_length=1)] | None = None
+    alias: Annotated[str, Field(min_length=1, max_length=256)] | None = None  # its name for clients
