@@ -28,6 +28,7 @@ from vkllm.errors import RequestError
 from vkllm.homeostasis_cli import app as homeostasis
 from vkllm.import_cli import import_model
 from vkllm.serve.command import serve
+from vkllm.soak_cli import soak
 from vkllm_codegen.errors import HintedError
 
 if TYPE_CHECKING:
@@ -442,6 +443,7 @@ def shaders(out: Annotated[Path, typer.Argument(help="Folder for .spv, .spvasm, 
 
 
 app.command()(serve)
+app.command()(soak)
 app.command("import")(import_model)
 app.add_typer(homeostasis, name="homeostasis")
 

@@ -87,6 +87,26 @@ def test_power_from_energy(tree: Path) -> None:
     assert third and third.power_w is None
 
 
+def test_power_and_limit_of_one_channel(tmp_path: Path) -> None:
+    """xe: the card (1) may tell nothing, its package (2) does; the burst limits (_cap) are not meant, and 0 is no limit."""
+    pkg = {"temp2_label": "pkg", "temp2_input": 55000, "energy2_input": 1, "power2_max": 75_000_000, "power1_max": 150_000_000}
+    chip(tmp_path, 0, "xe", {**pkg, "power2_cap": 99_000_000}, BUS)
+    chip(tmp_path, 1, "i915", {"temp1_input": 44000, "energy1_input": 7, "power1_max": 0}, "0000:04:00.0")
+    first = open_hwmon("discrete", BUS, root=tmp_path / "class")
+    second = open_hwmon("discrete", "0000:04:00.0", root=tmp_path / "class")
+    package, card = first.read() if first else None, second.read() if second else None
+    assert package and package.power_limit_w == 75.0
+    assert card and card.power_limit_w is None and card.energy_j == pytest.approx(7e-6)
+
+
+def test_the_card_and_not_its_tile(tmp_path: Path) -> None:
+    """i915 has a hwmon folder for each tile, with energy but no temperature, at the same address."""
+    chip(tmp_path, 0, "i915_gt0", {"energy1_input": 1}, BUS)
+    chip(tmp_path, 1, "i915", {"temp1_input": 44000, "energy1_input": 7}, BUS)
+    sensor = open_hwmon("discrete", BUS.upper(), root=tmp_path / "class")
+    assert sensor and sensor.name == "hwmon i915"
+
+
 def test_a_cpu_has_its_package(tree: Path) -> None:
     sensor = open_hwmon("cpu", None, root=tree)
     assert sensor

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import uuid
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,7 +13,7 @@ import pytest
 from vkllm.errors import DeviceError
 from vkllm.homeostasis import HomeostasisConfig, Temperature, set_point_c
 from vkllm.sensors import open_sensor
-from vkllm.sensors.nvml import open_nvml
+from vkllm.sensors.nvml import REASONS, open_nvml
 from vkllm.sensors.simulated import SimulatedSensor, ThermalModel, ThermalPlant
 
 BUS, UUID = "0000:17:00.0", uuid.UUID("12345678-9abc-def0-1234-56789abcdef0")
@@ -32,6 +34,7 @@ class FakeNvml:
     def __init__(self, *missing: str) -> None:
         self.missing, self.lost, self.users, self.reasons, self.limit_mw = set(missing), False, 0, 0, 700_000
         self.core, self.memory = 61, 72
+        self.refusal: NVMLError | None = None
 
     def nvmlInit(self) -> None:
         self._check("nvmlInit")
@@ -66,6 +69,7 @@ class FakeNvml:
             "nvmlDeviceGetPowerUsage": lambda: 345_600,
             "nvmlDeviceGetEnforcedPowerLimit": lambda: self.limit_mw,
             "nvmlDeviceGetPowerManagementLimit": lambda: self.limit_mw,
+            "nvmlDeviceGetPowerManagementDefaultLimit": lambda: 700_000,
             "nvmlDeviceGetPowerManagementLimitConstraints": lambda: (200_000, 700_000),
             "nvmlDeviceSetPowerManagementLimit": self._set_limit,
             "nvmlDeviceGetTotalEnergyConsumption": lambda: 12_345_678,
@@ -83,6 +87,8 @@ class FakeNvml:
         return call
 
     def _set_limit(self, milliwatts: int) -> None:
+        if self.refusal:
+            raise self.refusal
         if not 200_000 <= milliwatts <= 700_000:
             raise NVMLError("Invalid Argument")
         self.limit_mw = milliwatts
@@ -179,6 +185,39 @@ def test_the_power_limit_is_restored() -> None:
     with pytest.raises(DeviceError, match="50 W") as error, sensor.power_limit(50.0):
         pass
     assert "200 to 700 W" in error.value.hint and nvml.limit_mw == 700_000
+
+
+def test_a_limit_that_is_refused_says_what_to_do() -> None:
+    class Denied(NVMLError):
+        value = 4  # NVML_ERROR_NO_PERMISSION
+
+    class Unsupported(NVMLError):
+        value = 3  # NVML_ERROR_NOT_SUPPORTED
+
+    for kind, hint in ((Denied, "sudo nvidia-smi -pl 300"), (Unsupported, "no limit that can be set")):
+        nvml = FakeNvml()
+        nvml.refusal = kind("refused")
+        sensor = open_nvml(BUS, nvml=nvml)
+        assert sensor
+        with pytest.raises(DeviceError, match="300 W") as error, sensor.power_limit(300.0):
+            pass
+        assert hint in error.value.hint and nvml.limit_mw == 700_000
+    mute = open_nvml(BUS, nvml=FakeNvml("nvmlDeviceGetPowerManagementLimit", "nvmlDeviceGetPowerManagementDefaultLimit"))
+    assert mute
+    with pytest.raises(DeviceError, match="could not be restored"), mute.power_limit(300.0):
+        pass
+
+
+def test_the_real_module_has_every_name() -> None:
+    """What we ask of NVML is in nvidia-ml-py as we call it."""
+    pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
+    source = Path(open_nvml.__code__.co_filename).read_text()
+    names = set(re.findall(r"\bnvml[A-Z]\w+|NVML_[A-Z_]+", source)) - {"nvmlClocksEventReasons", "nvmlReturn"}
+    assert len(names) > 20 and [n for n in sorted(names) if not hasattr(pynvml, n)] == []
+    kinds = ("SwPowerCap", "HwSlowdown", "SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown")
+    assert [bit for bit, _ in REASONS] == [getattr(pynvml, f"nvmlClocksEventReason{kind}") for kind in kinds]
+    for name in ("NVML_TEMPERATURE_GPU", "NVML_TEMPERATURE_THRESHOLD_SLOWDOWN", "NVML_TEMPERATURE_THRESHOLD_GPU_MAX"):
+        assert getattr(FakeNvml, name) == getattr(pynvml, name)
 
 
 def test_open_sensor_finds_the_right_one(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from vkllm.homeostasis import HomeostasisConfig, Reading, Temperature
+from vkllm.homeostasis import HomeostasisConfig, Reading, Temperature, Throttle
 from vkllm.sensors.pacer import IDLE_S, ThermalPacer
 from vkllm.sensors.simulated import SimulatedSensor, ThermalModel, ThermalPlant
 
@@ -34,6 +34,18 @@ class Fixed:
         self.closed = True
 
 
+class Throttled(Fixed):
+    """Tells power and throttle reasons too."""
+
+    throttle: frozenset[Throttle] = frozenset()
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock, 40.0)
+
+    def read(self) -> Reading | None:
+        return Reading(self.clock(), {"core": Temperature(40.0)}, power_w=100.0, throttle=self.throttle)
+
+
 def polled(pacer: ThermalPacer, clock: Clock, count: int, busy_s: float = 0.0) -> None:
     for _ in range(count):
         clock.now += 0.5
@@ -47,7 +59,7 @@ def test_it_paces_by_the_temperature() -> None:
     sensor = Fixed(clock, 40.0)
     pacer = ThermalPacer(sensor, clock=clock, start=False)
     assert pacer.pace(0.28) == pytest.approx(0.72)  # slow before the first reading
-    polled(pacer, clock, 20, 0.5)
+    polled(pacer, clock, 60, 0.5)
     assert pacer.pace(0.1) == 0.0 and pacer.batch_limit is None
     sensor.celsius = 77.0
     polled(pacer, clock, 40, 0.5)
@@ -55,7 +67,7 @@ def test_it_paces_by_the_temperature() -> None:
     sensor.celsius = 95.0
     polled(pacer, clock, 10)
     assert pacer.batch_limit == 0 and pacer.retry_after_s >= 1 and pacer.state.condition == "tripped"
-    assert len(pacer.history) == 70
+    assert len(pacer.history) == 110
     pacer.close()
     assert sensor.closed
 
@@ -64,10 +76,39 @@ def test_a_sensor_that_hangs_is_a_lost_one() -> None:
     """Nobody polls; the state knows by itself."""
     clock = Clock()
     pacer = ThermalPacer(Fixed(clock, 40.0), clock=clock, start=False)
-    polled(pacer, clock, 20)
+    polled(pacer, clock, 60)
     assert pacer.state.duty == 1.0
     clock.now += 4
     assert pacer.state.condition == "lost" and pacer.pace(0.28) == pytest.approx(0.72)
+
+
+def test_a_stale_reading_is_not_shown() -> None:
+    clock = Clock()
+    sensor = Fixed(clock, 40.0)
+    pacer = ThermalPacer(sensor, clock=clock, start=False)
+    polled(pacer, clock, 4)
+    sensor.celsius = None
+    polled(pacer, clock, 4)
+    assert pacer.reading and pacer.reading.temperatures["core"].value_c == 40.0, "2 s old"
+    polled(pacer, clock, 4)
+    assert pacer.reading is None and pacer.state.condition == "lost"
+
+
+def test_throttling_and_energy_are_counted() -> None:
+    clock = Clock()
+    sensor = Throttled(clock)
+    pacer = ThermalPacer(sensor, clock=clock, start=False)
+    polled(pacer, clock, 4)
+    sensor.throttle = frozenset({"power_cap"})
+    polled(pacer, clock, 4)
+    sensor.throttle = frozenset({"power_cap", "thermal", "power_brake"})
+    polled(pacer, clock, 6)
+    assert pacer.throttle_s == pytest.approx(3.0), "a power cap is how devices run normally; two reasons at once are one time"
+    assert pacer.throttle_by == pytest.approx({"power_cap": 5.0, "thermal": 3.0, "power_brake": 3.0})
+    assert pacer.energy.measured and pacer.energy.joules == pytest.approx(6.5 * 100.0)
+    clock.now += 1000  # the sensor hung
+    pacer.poll()
+    assert pacer.throttle_s == pytest.approx(3.0 + pacer.config.stale_s)
 
 
 def test_no_sensor() -> None:

@@ -19,7 +19,6 @@ from typing import Self
 
 from vkllm.homeostasis import (
     SAMPLE_S,
-    STEP_DOWN_REASONS,
     HomeostasisConfig,
     Reading,
     State,
@@ -34,6 +33,7 @@ from vkllm.sensors.energy import EnergyMeter
 
 HISTORY = 7200  # an hour of half seconds
 IDLE_S = 5.0  # no submit ended for so long: idle; before that, one may be running
+SLOWED: frozenset[Throttle] = frozenset({"thermal", "power_brake"})  # a power cap is how many devices run normally
 
 
 class ThermalPacer:
@@ -113,7 +113,7 @@ class ThermalPacer:
             return self._state
 
     def _count_throttling(self, reading: Reading, span_s: float) -> None:
-        if reading.throttle & STEP_DOWN_REASONS:
+        if reading.throttle & SLOWED:
             self.throttle_s += span_s
         for reason in reading.throttle:
             self.throttle_by[reason] = self.throttle_by.get(reason, 0.0) + span_s
