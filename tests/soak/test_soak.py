@@ -13,11 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from vkllm import RuntimeConfig
-from vkllm import soak as module
 from vkllm.errors import ConfigError, DeviceError
 from vkllm.homeostasis import HomeostasisConfig, Reading, State, Temperature
 from vkllm.sensors.simulated import LiveSensor, ThermalModel, ThermalPlant
 from vkllm.soak import Moment, Recorder, SoakOptions, soak
+from vkllm.soak import run as module
 
 ISSUE = ("time_over_target_s", "temp_std_c", "throttle_s", "throughput_kept", "trips", "mean_duty")
 

@@ -1,17 +1,10 @@
-"""Hours of real work under the real controller: `vkllm soak`. The figures are those of `vkllm homeostasis simulate`, with energy.
-
-Clients in threads keep several streams busy. First the device runs at full speed, as long as it is cool: the reference. Then the
-controller paces it, and that is what the figures tell of.
+"""One soak. First the device runs at full speed, as long as it is cool: the reference. Then the controller paces it, and that is
+what the figures tell of.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import random
-import threading
 import time
-from array import array
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,96 +12,20 @@ from dataclasses import dataclass, replace
 from vkllm.batching import BatchEngine
 from vkllm.config import RuntimeConfig
 from vkllm.engine import LLMEngine
-from vkllm.errors import CapacityError, ConfigError, DeviceError, VkllmError
+from vkllm.errors import DeviceError
 from vkllm.homeostasis import HomeostasisConfig, Reading, State, set_point_c
-from vkllm.sampler import SamplingParams
 from vkllm.sensors import Sensor, open_sensor
 from vkllm.sensors.pacer import ThermalPacer
 from vkllm.sensors.power import power_limited
 from vkllm.sensors.simulated import LiveSensor, ThermalPlant
 from vkllm.simulate import Trace
-from vkllm.simulate.loop import SETTLE_S, TOLERANCE_C, TRACE_POINTS
+from vkllm.soak.clients import Clients
+from vkllm.soak.options import SoakOptions
+from vkllm.soak.recorder import Recorder, SoakFigures
 
-log = logging.getLogger("vkllm.soak")
-REFERENCE_S = 60.0  # at most, and a fifth of the run
 WARM_UP_S = 120.0  # at most, until the first token and the first reading
 LEAST_REFERENCE_S = 5.0  # a shorter one tells nothing
 LOOK_S = 0.5
-TEXT = (
-    "The keeper of the lighthouse wrote down the weather every evening: wind, sea, and how far one could see. Some days he saw"
-    " the islands in the west, some days not even the rocks below. Ships passed by whose names he did not know. In the morning he"
-    " cleaned the lamp, filled it with oil, and counted the steps down to the shore, where the boat brought bread and letters. "
-)
-
-
-@dataclass(frozen=True, slots=True)
-class SoakOptions:
-    """What to run. `seconds`: of the whole run, from the first token on; `reference_s`: of it at full speed, None: a fifth, at
-    most a minute; `ambient_c`: of the thermal model where `simulated`; `watts`: the device's own power limit meanwhile.
-
-    Raises: ConfigError: a value that makes no sense.
-    """
-
-    seconds: float
-    streams: int = 8
-    max_tokens: int = 128
-    reference_s: float | None = None
-    simulated: bool = False
-    ambient_c: float = 35.0
-    watts: float | None = None
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 < self.seconds < math.inf or self.streams < 1 or self.max_tokens < 1:
-            raise ConfigError(
-                f"a soak of {self.seconds:g} s with {self.streams} streams of {self.max_tokens} tokens", "all must be above 0"
-            )
-
-    @property
-    def full_speed_s(self) -> float:
-        """How long the reference may take."""
-        return min(REFERENCE_S, self.seconds / 5) if self.reference_s is None else self.reference_s
-
-
-@dataclass(frozen=True, slots=True)
-class SoakFigures:
-    """What the paced part of a soak shows. Temperatures are the core's, as the sensor tells them; None: not known.
-
-    `time_over_target_s`: any temperature was more than `tolerance_c` above its set point. `temp_std_c`, `held_share`: after the
-    first ten minutes, of longer runs. `held_share`: once the core has reached its set point, of the time in which the controller
-    held the device back, how much was within `tolerance_c` of it. `throttle_s`: heat or a power brake slowed the device down.
-    `throughput_kept`: tokens a second, of those of the reference. `lost_s`: the sensor told nothing. `simulated`: temperature,
-    power and energy are a thermal model's, heated by the real work.
-    """
-
-    model: str
-    device: str
-    sensor: str
-    simulated: bool
-    mode: str
-    target_c: float
-    seconds: float
-    streams: int
-    time_over_target_s: float
-    temp_std_c: float | None
-    temp_max_c: float | None
-    throttle_s: float
-    throughput_kept: float | None
-    trips: int
-    mean_duty: float
-    held_share: float | None
-    lost_s: float
-    tokens: int
-    tok_s: float
-    reference_tok_s: float | None
-    reference_s: float
-    joules: float | None
-    joules_per_token: float | None
-    mean_power_w: float | None
-    requests: int
-    refused: int
-    errors: int
-    tolerance_c: float = TOLERANCE_C
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,105 +52,6 @@ class SoakPacer(ThermalPacer):
     def pace(self, busy_s: float) -> float:
         rest = super().pace(busy_s)
         return 0.0 if self.full_speed else rest
-
-
-class Recorder:
-    """Adds up what is seen, one look after another. Knows no clock."""
-
-    def __init__(self, config: HomeostasisConfig) -> None:
-        self._config = config
-        self.times, self.temps, self.duties = array("d"), array("d"), array("d")  # temps: NaN where unknown
-        self._spans, self._held = array("d"), bytearray()
-        self.over_s = self.lost_s = 0.0
-
-    def add(self, at_s: float, span_s: float, state: State, reading: Reading | None) -> None:
-        """`span_s` seconds until `at_s`, all like this."""
-        core = reading.temperatures.get("core") if reading else None
-        margins = [set_point_c(self._config, n, t) - t.value_c for n, t in reading.temperatures.items()] if reading else []
-        self.times.append(at_s)
-        self._spans.append(span_s)
-        self.temps.append(core.value_c if core else math.nan)
-        self.duties.append(state.duty)
-        self._held.append(bool(core) and state.duty < 0.99 and state.condition == "regulating")
-        self.over_s += span_s if margins and min(margins) < -TOLERANCE_C else 0.0
-        self.lost_s += span_s if not margins else 0.0
-
-    @property
-    def mean_duty(self) -> float:
-        """Of the time."""
-        total = math.fsum(self._spans)
-        return math.fsum(d * s for d, s in zip(self.duties, self._spans, strict=True)) / total if total else 0.0
-
-    def spread(self, set_c: float) -> tuple[float | None, float | None, float | None]:
-        """(standard deviation, highest, held share) of the core's temperature; the first and the last once it has settled."""
-        known = [(t, c, h) for t, c, h in zip(self.times, self.temps, self._held, strict=True) if not math.isnan(c)]
-        if not known:
-            return None, None, None
-        settled = [k for k in known if k[0] - self.times[0] >= SETTLE_S] or known
-        mean = math.fsum(c for _, c, _ in settled) / len(settled)
-        deviation = math.sqrt(math.fsum((c - mean) ** 2 for _, c, _ in settled) / len(settled))
-        reached = next((t for t, c, _ in known if c >= set_c - TOLERANCE_C), math.inf)
-        held = [abs(c - set_c) <= TOLERANCE_C for t, c, h in settled if h and t >= reached]
-        return deviation, max(c for _, c, _ in known), sum(held) / len(held) if held else None
-
-    def trace(self, mode: str, ambient_c: float | None) -> Trace:
-        """For the plot. Where the sensor was lost, the line goes straight on."""
-        trace, size = Trace(mode), max(1, len(self.times) // TRACE_POINTS)
-        for i in range(0, len(self.times), size):
-            temps = [c for c in self.temps[i : i + size] if not math.isnan(c)]
-            if temps:
-                trace.time_s.append(self.times[i])
-                trace.temp_c.append(max(temps))
-                trace.duty.append(math.fsum(self.duties[i : i + size]) / len(self.duties[i : i + size]))
-        if ambient_c is not None:
-            trace.ambient_c.extend([ambient_c] * len(trace.time_s))
-        return trace
-
-
-class Clients:
-    """Threads that keep the engine busy: one stream each, prompts of many lengths, a new one when one ends."""
-
-    def __init__(self, batch: BatchEngine, options: SoakOptions) -> None:
-        self._batch, self._options, self._stop, self._lock = batch, options, threading.Event(), threading.Lock()
-        self.requests = self.refused = self.errors = 0
-        n_prompt = max(1, min(256, batch.n_ctx // 2))
-        piece = batch.tokenizer.encode(TEXT, add_special=False)
-        self._ids, self._n_prompt = piece * (2 + n_prompt // len(piece)), n_prompt
-        self._n_piece = len(piece)
-        self._threads = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(options.streams)]
-        for thread in self._threads:
-            thread.start()
-
-    def _work(self, index: int) -> None:
-        rng = random.Random(self._options.seed * 1000 + index)
-        while not self._stop.is_set() and self._batch.failure is None:
-            start, n = rng.randrange(self._n_piece), rng.randint(min(8, self._n_prompt), self._n_prompt)
-            n_new = rng.randint(max(1, self._options.max_tokens // 4), self._options.max_tokens)
-            params = SamplingParams(temperature=0.0, max_tokens=n_new, ignore_eos=True)
-            try:
-                self._batch.submit(self._ids[start : start + n], params).result()
-            except CapacityError as error:
-                self._count(refused=1)
-                self._stop.wait(min(error.retry_after_s, 1.0))
-            except VkllmError as error:
-                if not self._stop.is_set():
-                    log.warning("a request failed: %s", error)
-                    self._count(errors=1)
-            else:
-                self._count(requests=1)
-
-    def _count(self, requests: int = 0, refused: int = 0, errors: int = 0) -> None:
-        with self._lock:
-            self.requests, self.refused, self.errors = self.requests + requests, self.refused + refused, self.errors + errors
-
-    def stop(self) -> None:
-        """No new requests."""
-        self._stop.set()
-
-    def join(self) -> None:
-        """Wait for the threads; the engine must have been closed."""
-        for thread in self._threads:
-            thread.join()
 
 
 def soak(
