@@ -15,6 +15,7 @@ from vkllm_shaders import attention, embed, experts, matmul, rmsnorm, rope, samp
 from vkllm_shaders.attention import AttentionSpec
 from vkllm_shaders.experts import RouteSpec
 from vkllm_shaders.formats import FORMATS, Layout
+from vkllm_shaders.heads import HeadSpec, heads
 from vkllm_shaders.matmul import MatmulSpec
 from vkllm_shaders.sample import SampleSpec
 
@@ -69,7 +70,7 @@ def entries(row_lanes: int = 8, chunk_lanes: int = 32) -> list[Entry]:
         for fmt in FORMATS
     ]
     lanes = (row_lanes, chunk_lanes)
-    return [*matmuls, *embeds, *_attention(*lanes), *_experts(*lanes), *_plain(), *_sample(*lanes)]
+    return [*matmuls, *embeds, *_attention(*lanes), *_heads(*lanes), *_experts(*lanes), *_plain(), *_sample(*lanes)]
 
 
 def _layouts(row_lanes: int) -> tuple[Layout, Layout]:
@@ -100,6 +101,19 @@ def _attention(row_lanes: int, chunk_lanes: int) -> Iterator[Entry]:
             if head_dim == 64:
                 yield f"attention_partial_{spec.name}", partial(attention.partial, spec)
                 yield f"attention_combine_{spec.name}", partial(attention.combine, spec)
+    for lanes, schedule in ((row_lanes, "lane_row"), (chunk_lanes, "lane_chunk")):
+        everything = AttentionSpec(64, 2, 32, lanes, 512, schedule, 0, 2, "q8_0", 0.1, 50.0, windowed=True, sinks=True)  # type: ignore[arg-type]
+        for make in (attention.direct, attention.partial, attention.combine):
+            yield f"attention_{make.__name__}_{everything.name}", partial(make, everything)
+
+
+def _heads(row_lanes: int, chunk_lanes: int) -> Iterator[Entry]:
+    for spec in (
+        HeadSpec(128, 96, "half", True, "f16", row_lanes),
+        HeadSpec(64, 64, "half", False, "q8_0", row_lanes),
+        HeadSpec(64, 32, "interleaved", True, "q8_0", chunk_lanes),
+    ):
+        yield spec.name, partial(heads, spec)
 
 
 def _experts(row_lanes: int, chunk_lanes: int) -> Iterator[Entry]:
@@ -109,7 +123,7 @@ def _experts(row_lanes: int, chunk_lanes: int) -> Iterator[Entry]:
 
 
 def _plain() -> Iterator[Entry]:
-    yield from (("softmax", softmax.softmax), ("rmsnorm", rmsnorm.rmsnorm))
+    yield from (("softmax", softmax.softmax), ("rmsnorm", rmsnorm.rmsnorm), ("rmsnorm_add", rmsnorm.rmsnorm_add))
     yield from ((f"rope_{pairing}", partial(rope.rope, 64, pairing)) for pairing in ("interleaved", "half"))
 
 

@@ -16,7 +16,7 @@ from vkllm_shaders.catalog import entries
 PUSH = {
     "n_chunk": 2, "n_group": 2, "x_stride": 128, "n_token": 2, "n_row": 16, "first_row": 0, "n_col": 256, "capacity": 8,
     "y_stride": 64, "n_head": 14, "n_kv_head": 2, "n_vocab": 5003, "n_segment": 2, "n_split": 2, "n_share": 1, "n_texel": 50,
-    "eps": 1e-5,
+    "window": 4, "eps": 1e-5,
 }  # fmt: skip
 SIZE = 1 << 19
 """Bytes of every buffer: more than the push constants above reach."""
@@ -43,7 +43,8 @@ def test_glsl_gives_the_same_numbers(make: Callable[[], Kernel]) -> None:
     assert validate(kernel.spirv()) is None
     buffers = {b.name: example(b.name, b.dtype, rng) for b in kernel.bindings}
     push = {name: PUSH[name] for name, _, _ in kernel.push}
-    groups = (2, 1, 1) if kernel.name.startswith("rope") else (2, 2, 1)  # in place: a row must be turned once
+    in_place = kernel.name.startswith(("rope", "rmsnorm_add"))  # a row must be worked on once
+    groups = (18, 1, 1) if kernel.name.startswith("heads") else (2, 1, 1) if in_place else (2, 2, 1)
     first = run_on_device(kernel, buffers, push, {}, groups)
     code = compile_glsl(kernel.glsl())
     assert code is not None
