@@ -10,34 +10,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from gguf_bytes import ARRAY, STRING, U32, header, pair, tensor, text, with_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vkllm.errors import FileFormatError, UnsupportedQuantError, VkllmError
 from vkllm.files import TYPES, GGUFFile, packaged_models, resolve_model
-
-U32, STRING, ARRAY = 4, 8, 9
-
-
-def text(s: str | bytes) -> bytes:
-    raw = s.encode() if isinstance(s, str) else s
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def pair(key: str | bytes, kind: int, value: bytes) -> bytes:
-    return text(key) + struct.pack("<I", kind) + value
-
-
-def tensor(name: str, dims: tuple[int, ...], kind: int, offset: int) -> bytes:
-    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
-
-
-def header(n_tensor: int, n_pair: int, version: int = 3, magic: bytes = b"GGUF", order: str = "<") -> bytes:
-    return magic + struct.pack(f"{order}IQQ", version, n_tensor, n_pair)
-
-
-def with_data(head: bytes, nbytes: int = 256) -> bytes:
-    return head + bytes(-len(head) % 32) + bytes(range(256)) * (nbytes // 256)
 
 
 def sound(version: int = 3) -> bytes:

@@ -28,9 +28,9 @@ class HFConfig:
 
     def __init__(self, pairs: Mapping[str, Any]) -> None:
         """Raises: UnsupportedModelError: an unknown architecture or variant; ConfigError: a key is missing or of a wrong type."""
-        names = Fields(pairs, "config.json").items("architectures")
+        names = [str(name) for name in Fields(pairs, "config.json").items("architectures")]
         if len(names) != 1 or names[0] not in ARCHITECTURES:
-            found = ", ".join(map(str, names))[:120] or "none"
+            found = ", ".join(names)[:120] or "none"
             raise UnsupportedModelError(
                 f"config.json: architecture {found} is not supported", hint=f"supported: {', '.join(ARCHITECTURES)}"
             )
@@ -198,7 +198,7 @@ def _local_layers(config: HFConfig) -> list[bool]:
     """Of each layer: has it a window?"""
     f, n_layer = config.fields, config.n_layer
     if f.has("layer_types"):
-        kinds = f.items("layer_types")
+        kinds = [str(kind) for kind in f.items("layer_types")]
         if len(kinds) != n_layer or not {*kinds} <= {"full_attention", "sliding_attention"}:
             raise ConfigError(
                 f"config.json: layer_types does not say full_attention or sliding_attention for each of {n_layer} layers",

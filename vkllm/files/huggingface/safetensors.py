@@ -107,8 +107,8 @@ def _stored(name: str, entry: object, start: int) -> Stored:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise FileFormatError(f"tensor {name} lacks dtype, shape or data_offsets", hint=DAMAGED)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in ITEM_BITS:
-        raise FileFormatError(f"tensor {name} has the unknown type {dtype!r}", hint=f"known: {', '.join(ITEM_BITS)}")
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
+        raise FileFormatError(f"tensor {name} has the unknown type {str(dtype)[:40]!r}", hint=f"known: {', '.join(ITEM_BITS)}")
     if not _naturals(shape) or len(shape) > MAX_DIMS or math.prod(shape) > MAX_ELEMENTS:
         raise FileFormatError(f"tensor {name} has the impossible shape {str(shape)[:80]}", hint=DAMAGED)
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

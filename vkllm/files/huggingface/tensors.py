@@ -35,6 +35,7 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
     "BF16": np.dtype("<u2"),
     "U8": np.dtype("u1"),
 }
+FLOATS = ("F32", "F16", "BF16")
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.attention\.(masked_)?bias")
 _OTHER_MODALITIES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 _EXPERTS = r"(?P<experts>model\.layers\.\d+\.mlp\.experts)\."
@@ -205,7 +206,7 @@ class _Planner:
                 f"{self.found[name].sources[0]} and {sources[0]} are both {name}", hint="the folder mixes two models"
             )
         dtype = self._stored(sources[0]).dtype
-        if kind is None and dtype not in TYPES:
+        if kind is None and dtype not in FLOATS:
             raise UnsupportedQuantError(
                 f"{sources[0]} is {dtype}; expected F32, F16 or BF16", hint="download the original weights"
             )

@@ -9,8 +9,9 @@ Source: https://huggingface.co/docs/tokenizers; gguf-py's vocab.py for the speci
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from vkllm.vocab.spm import SPACE
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)
+N_CHECKED = 4096  # tokens whose splits are looked at
 _HINT = "the folder's tokenizer files are damaged or do not belong together: download the folder again"
 
 
@@ -109,18 +111,18 @@ def _byte_level(root: Fields, model: Fields) -> dict[str, object]:
         if kind not in ("NFC", "Sequence"):  # llama.cpp too leaves the composition of accents to the text
             raise UnsupportedModelError(f"tokenizer.json: normalizer {kind} is not supported", hint="use another model")
     name = pre_tokenizers.name(pre, ignore_merges=model.flag("ignore_merges", False))
-    merges = [f"{left} {right}" for left, right in _merges(model)]
+    merges = [f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}" for left, right in _merges(model)]
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges}
 
 
 def _merges(model: Fields) -> list[tuple[str, str]]:
-    """Pairs in their order: given as lists of two, or as text with a space between (then a space in a token is its stand-in)."""
+    """Pairs in their order: given as lists of two, or as text with a space between."""
     pairs: list[tuple[str, str]] = []
     for merge in model.items("merges"):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) and p for p in pair):
             raise FileFormatError(f"tokenizer.json: merge {str(merge)[:60]!r} is no pair of tokens", hint=_HINT)
-        pairs.append((pair[0].replace(" ", "Ġ"), pair[1].replace(" ", "Ġ")))
+        pairs.append((pair[0], pair[1]))
     return pairs
 
 
@@ -158,13 +160,27 @@ def _scores(model: Fields, vocab: Mapping[int, str], types: list[int]) -> list[f
     Only for normal tokens; 0 for bytes and control tokens, low ones for the rest, as in files from llama.cpp.
     """
     rank: dict[str, int] = {}
-    for left, right in _merges(model):
-        rank.setdefault((left + right).replace("Ġ", " "), len(rank))
+    merges = _merges(model)
+    for left, right in merges:
+        rank.setdefault(left + right, len(rank))
+    _check_splits(merges, rank, model.fields("vocab").pairs)
     by_rank = sorted(vocab, key=lambda i: (rank.get(vocab[i], len(rank)), i))
     scores = [{USER_DEFINED: -1000.0, UNUSED: -10000.0}.get(kind, 0.0) for kind in types]
     for place, i in enumerate(i for i in by_rank if types[i] == NORMAL):
         scores[i] = -float(place)
     return scores
+
+
+def _check_splits(merges: Sequence[tuple[str, str]], rank: Mapping[str, int], vocab: Mapping[str, int]) -> None:
+    """Merges made from scores list every way to split a token in two; those of a vocabulary that was trained as BPE do not."""
+    listed = set(merges)
+    for text in itertools.islice(rank, N_CHECKED):
+        for i in range(1, len(text)):
+            if text[:i] in vocab and text[i:] in vocab and (text[:i], text[i:]) not in listed:
+                raise UnsupportedModelError(
+                    f"tokenizer.json: {text!r} is never merged from {text[:i]!r} and {text[i:]!r}: no SentencePiece model",
+                    hint="use a GGUF file of this model",
+                )
 
 
 def _specials(files: TokenizerFiles, ids: Mapping[str, int], is_spm: bool) -> dict[str, object]:
