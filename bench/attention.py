@@ -1,6 +1,6 @@
 """Attention alone, at the shapes of KERNELS.md: wall and CPU time of one replayed dispatch. Ends in one JSON line.
 
-    python bench/attention.py [--positions 4096] [--repeat 200]
+    python bench/attention.py [--positions 4096] [--repeat 200] [--only 14/2]
 
 The figure to beat on lavapipe (KERNELS.md, 2 threads, quiet machine): 0.41-0.56 ms at 14/2 heads, 4,096 positions. `cpu_ms` is
 the CPU time of all threads of this process a run: it does not depend on how busy the machine is.
@@ -18,8 +18,18 @@ import numpy as np
 
 from vkllm.vk import Binding, Device, open_device
 from vkllm_shaders.attention import AttentionSpec, direct
+from vkllm_shaders.reference import q8_rows
 
-SHAPES = {"14/2": (14, 2), "32/8": (32, 8)}
+SHAPES: dict[str, dict[str, Any]] = {
+    "14/2": {"n_kv_head": 2, "group": 7},
+    "14/2 q8_0": {"n_kv_head": 2, "group": 7, "cache": "q8_0"},
+    "32/8": {"n_kv_head": 8, "group": 4},
+    "32/8 q8_0": {"n_kv_head": 8, "group": 4, "cache": "q8_0"},
+    "64/8, window 128, sinks (gpt-oss)": {"n_kv_head": 8, "group": 8, "windowed": True, "sinks": True},
+    "8/4 x 256, softcap (gemma2)": {"n_kv_head": 4, "group": 2, "head_dim": 256, "softcap": 50.0},
+    "8/4 x 256, softcap q8_0": {"n_kv_head": 4, "group": 2, "head_dim": 256, "softcap": 50.0, "cache": "q8_0"},
+}
+WINDOW = 128
 FORMATS: dict[str, Any] = {"f32x4": "rgba32f", "u32x4": "rgba32ui", "u32": "r32ui"}
 
 
@@ -28,12 +38,14 @@ def measure(device: Device, spec: AttentionSpec, n_kv_head: int, n_position: int
     rng, kernel = np.random.default_rng(0), direct(spec)
     n_block = -(-n_position // spec.block_size)
     cache = (n_block * spec.block_size, n_kv_head, spec.head_dim)
+    keep = q8_rows if spec.cache == "q8_0" else np.float16
     arrays: dict[str, Any] = {
         "q": rng.standard_normal((n_kv_head * spec.group, spec.head_dim)).astype(np.float32),
-        "k": rng.standard_normal(cache, np.float32).astype(np.float16),
-        "v": rng.standard_normal(cache, np.float32).astype(np.float16),
+        "k": keep(rng.standard_normal(cache, np.float32)),
+        "v": keep(rng.standard_normal(cache, np.float32)),
         "block_table": rng.permutation(n_block).astype(np.uint32),
         "params": np.array([0, 0, 0, n_position, 0, 0], np.uint32),
+        "sinks": np.zeros(n_kv_head * spec.group, np.float32),
         "out": np.zeros((n_kv_head * spec.group, spec.head_dim), np.float32),
     }
     bindings = []
@@ -43,7 +55,8 @@ def measure(device: Device, spec: AttentionSpec, n_kv_head: int, n_position: int
         bindings.append(Binding(buffer, 0, None, FORMATS[repr(binding.dtype)] if binding.kind == "texel" else None))
     pipeline = device.pipeline(kernel.name, kernel.spirv(), tuple(b.kind for b in kernel.bindings), kernel.push_bytes)
     recording = device.recording(kernel.name)
-    recording.dispatch(pipeline, bindings, (1, n_kv_head, 1), kernel.pack_push(n_token=1, n_kv_head=n_kv_head))
+    push = {"n_token": 1, "n_kv_head": n_kv_head} | ({"window": WINDOW} if spec.windowed else {})
+    recording.dispatch(pipeline, bindings, (1, n_kv_head, 1), kernel.pack_push(**push))
     recording.barrier()
     recording.finish()
 
@@ -63,6 +76,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     arguments.add_argument("--positions", type=int, default=4096)
     arguments.add_argument("--repeat", type=int, default=200)
+    arguments.add_argument("--only", default="", help="only shapes whose name holds this")
     options = arguments.parse_args()
     with open_device() as device:
         lanes, row = device.limits.subgroup_size, device.info.kind == "cpu"
@@ -71,9 +85,12 @@ def main() -> None:
             "driver": device.info.driver_info,
             "positions": options.positions,
         }
-        for name, (n_head, n_kv_head) in SHAPES.items():
-            spec = AttentionSpec(64, n_head // n_kv_head, lanes=lanes, schedule="lane_row" if row else "lane_chunk")
-            figures = measure(device, spec, n_kv_head, options.positions, options.repeat)
+        for name, shape in SHAPES.items():
+            if options.only not in name:
+                continue
+            fields = {"head_dim": 64, "lanes": lanes, "schedule": "lane_row" if row else "lane_chunk"} | shape
+            n_kv_head = fields.pop("n_kv_head")
+            figures = measure(device, AttentionSpec(**fields), n_kv_head, options.positions, options.repeat)
             result[name] = {key: round(value, 3) for key, value in figures.items()}
     print(json.dumps(result))
 

@@ -313,6 +313,17 @@ def test_a_non_finite_value_is_not_hidden_by_a_cap_or_a_scale(schedule: Any, dam
     assert not np.isfinite(run_on_device(attention.combine(spec), merging, merge_push, {}, (1, 1, 1))["out"]).any()
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_large_scores_stop_at_the_cap(schedule: Any) -> None:
+    """Scores of ±3,000: far into tanh's ends, where its exponential overflows."""
+    spec = AttentionSpec(64, 1, lanes=lanes(), schedule=schedule, softcap=5.0)
+    inputs = case(spec, 1, [40])
+    inputs["q"] *= 1000
+    expected = oracle(inputs, spec)
+    buffers = inputs | {"out": np.zeros(expected.shape, np.float32)}
+    check_kernel(attention.direct(spec), {"out": expected}, buffers, ONE_ROW, interpreted=False)
+
+
 def test_what_a_q8_0_cache_loses() -> None:
     """Against unrounded keys and values: f16 keeps 1e-7 of the error's square, Q8_0 a few 1e-5."""
     rng = np.random.default_rng(3)

@@ -9,6 +9,7 @@ from vkllm_codegen import Block, Buffer, Value, f32, i32
 from vkllm_shaders.attention.spec import SCALE_DIMS, AttentionSpec, scale_texels
 
 CHUNK_DIMS = 8
+SCALE_CHUNKS = SCALE_DIMS // CHUNK_DIMS
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,15 @@ class Rows:
         ]
 
     def own_scales(self, chunks: Sequence[Value], scales: Sequence[Value]) -> list[Value]:
-        """Of a row's scales, those of the chunks; none in f16."""
+        """Of a row's scales, those of a lane's chunks (one of them all, or the j-th of `lanes` times j …); none in f16."""
         own = []
-        for chunk in chunks if scales else ():
-            scale = scales[0]
-            for i, other in enumerate(scales[1:], 1):
-                scale = self.b.select(chunk // (SCALE_DIMS // CHUNK_DIMS) == i, other, scale)
+        for j, chunk in enumerate(chunks if scales else ()):
+            first = j * self.spec.lanes
+            last = self.spec.chunks if len(chunks) == 1 else min(first + self.spec.lanes, self.spec.chunks)
+            candidates = range(first // SCALE_CHUNKS, (last - 1) // SCALE_CHUNKS + 1)
+            scale = scales[candidates[0]]
+            for i in candidates[1:]:
+                scale = self.b.select(chunk // SCALE_CHUNKS == i, scales[i], scale)
             own.append(scale)
         return own
 
