@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -61,6 +61,31 @@ def _no_validation_messages() -> Iterator[None]:
             message = f.read().replace(b"\0", b"").decode(errors="replace").strip()
         if message:
             pytest.fail(f"the Vulkan validation layer reports:\n{message}", pytrace=False)
+
+
+Figure = Callable[[str, str, str, float, float], None]
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Figure:
+    """Notes what a test proved, for docs/exactness.md: (what, oracle, measure, figure, limit), as a line of JSON in the file that
+    VKLLM_FIGURES names. `tools/exactness.py` makes the page from them."""
+
+    def note(what: str, oracle: str, measure: str, value: float, limit: float) -> None:
+        path = os.environ.get("VKLLM_FIGURES")
+        if path:
+            line = {
+                "what": what,
+                "oracle": oracle,
+                "measure": measure,
+                "figure": value,
+                "limit": limit,
+                "test": request.node.nodeid,
+            }
+            with open(path, "a") as f:
+                f.write(json.dumps(line) + "\n")
+
+    return note
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,10 @@ PACKAGES = {"vkllm_codegen": ROOT / "codegen", "vkllm_shaders": ROOT / "shaders"
 STAGES = (
     *("errors", "debug", "config", "vocab", "files", "tokenizer", "chat", "quantize"),  # the file and the text
     *("vk",),  # devices; the only part that loads the native module
-    *("plan", "models", "weights", "rope", "packing", "kernel_cache", "schedule", "kernels", "memory"),  # the plan, and what it becomes
+    *("plan", "models", "expand", "weights", "rope", "packing", "kernel_cache", "schedule", "kernels", "memory"),  # the plan, and what it becomes
     *("kv_cache", "scheduler", "sampler", "homeostasis", "sensors", "simulate"),  # policies
     *("chain", "reference", "engine", "batching", "diff", "benchmark", "doctor", "soak", "soak_cli", "serve"),
+    *("perplexity", "evaluate", "evaluate_plot", "perplexity_cli"),
     *("homeostasis_cli", "import_cli", "cli", "__main__"),
 )
 PURE = ("kv_cache", "scheduler", "sampler", "homeostasis", "plan", "models", "config")  # no Vulkan, no clock

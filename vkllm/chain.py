@@ -16,21 +16,21 @@ from numpy.typing import NDArray
 
 from vkllm import debug
 from vkllm.config import RuntimeConfig
-from vkllm.errors import ConfigError, NonFiniteError, OutOfDeviceMemoryError, UnsupportedModelError
-from vkllm.files.gguf import GGUFFile
-from vkllm.kernels import Lowering, texel_format
+from vkllm.errors import NonFiniteError
+from vkllm.files.model_file import ModelFile
+from vkllm.kernels import texel_format
 from vkllm.kv_cache import BlockTable
+from vkllm.memory import fit
 from vkllm.packing import load_weights
 from vkllm.plan import Graph, Linear, Qkv
 from vkllm.rope import rope_table
 from vkllm.schedule import Barrier, Dispatch, Step, cut, order
 from vkllm.vk import Binding, Buffer, Device, Pipeline, Recording
-from vkllm.weights import check_weights, vector, vector_lengths, weight_bytes
+from vkllm.weights import check_weights, vector, weight_bytes
 
 Watch = Callable[[str, NDArray[np.float32]], None]
 
 NO_SLOT = 0xFFFFFFFF  # a padding row: it writes no cache and reads none
-DEFAULT_N_CTX = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,25 +106,25 @@ class Recorded:
 class ModelChain:
     """A model on a device: weights, cache, activations and the recorded chains of every bucket."""
 
-    def __init__(self, device: Device, graph: Graph, file: GGUFFile, runtime: RuntimeConfig) -> None:
+    def __init__(self, device: Device, graph: Graph, file: ModelFile, runtime: RuntimeConfig) -> None:
         check_weights(graph, file)
         self.device, self.graph, self.runtime = device, graph, runtime
-        config = graph.config
-        self.n_ctx = _context_length(config.n_ctx, runtime.n_ctx)
-        per_sequence = -(-self.n_ctx // runtime.block_size)
-        self.n_block = -(-runtime.cache_tokens // runtime.block_size) if runtime.cache_tokens else runtime.n_seq * per_sequence
-        self._lower = Lowering(graph, file, device.info, runtime, self.n_ctx, self.n_block)
+        available, _ = device.memory_budget()
+        fitted = fit(graph, file, device.info, runtime, available)
+        self._lower, self.n_block, self.n_ctx = fitted.lower, fitted.n_block, fitted.lower.n_ctx
         self.capacity = self._lower.capacity
         self.activations = self._lower.activations
         multiplied = [part for op in graph.ops if isinstance(op, Linear | Qkv) for part in op.parts]
         self.bytes_per_token = sum(weight_bytes(file, part) for part in multiplied)
         debug.log(debug.DEVICE, f"{device.info.name}, {self._lower.layout.kind}, activations {self.activations}")
-        self._check_memory()
-        self._check_ranges()
+        debug.log(
+            debug.DEVICE,
+            f"{fitted.needed / 2**20:.0f} MiB needed, {available / 2**20:.0f} MiB free; KV cache of {self.cache_tokens} tokens",
+        )
         self._buffers: dict[str, Buffer] = {}
         self._recorded: dict[tuple[int, int, bool], Recorded] = {}
-        padded = set(graph.buffers) - {graph.logits}  # their padding is read, so it must not hold NaN
-        for name, nbytes in self._lower.buffer_bytes().items():
+        padded = {"qkv", *graph.buffers} - {graph.logits}  # their padding is read, so it must not hold NaN
+        for name, nbytes in self._lower.buffer_bytes(self.n_block).items():
             self._buffers[name] = self._zeroed(name, nbytes) if name in padded else self._buffer(name, nbytes)
         self._load(file)
 
@@ -136,6 +136,11 @@ class ModelChain:
         for buffer in self._buffers.values():
             buffer.free()
         self._buffers.clear()
+
+    @property
+    def cache_tokens(self) -> int:
+        """Positions of the KV cache, of all sequences together."""
+        return self.n_block * self.runtime.block_size
 
     @property
     def dispatches_per_token(self) -> int:
@@ -289,66 +294,12 @@ class ModelChain:
         buffer.write(np.zeros(nbytes, np.uint8))
         return buffer
 
-    def _check_memory(self) -> None:
-        """Refuse before loading what cannot fit.
-
-        Raises: OutOfDeviceMemoryError.
-        """
-        needed = sum(m.nbytes for m in self._lower.matrices) + sum(self._lower.buffer_bytes().values())
-        available, _ = self.device.memory_budget()
-        debug.log(debug.DEVICE, f"{needed / 2**20:.0f} MiB needed, {available / 2**20:.0f} MiB free")
-        if needed > available:
-            raise OutOfDeviceMemoryError(
-                f"the model needs {needed / 2**30:.2f} GiB on {self.device.info.name}; {available / 2**30:.2f} GiB are free",
-                hint="lower --n-ctx, use a smaller quantization, or another --device",
-                needed=needed,
-                available=available,
-            )
-
-    def _check_ranges(self) -> None:
-        """Refuse before loading a matrix, a cache, or rows that reach further than one binding may.
-
-        Raises: UnsupportedModelError: a matrix; ConfigError: the others, naming the option to lower.
-        """
-        limits, texels = self.device.limits, {"rope"} if self._lower.layout.kind == "lane_row" else set()
-        if self.capacity > (rows := limits.max_workgroup_count[2]):
-            raise ConfigError(
-                f"prefill_chunk and n_seq ask for {self.capacity} rows; {self.device.info.name} runs {rows} at a time",
-                hint="lower prefill_chunk, or n_seq",
-            )
-        for name, nbytes in self._lower.buffer_bytes().items():
-            most = limits.max_texel_elements * 16 if name in texels else limits.max_storage_buffer_range
-            if nbytes > most:
-                by_position = name in ("rope", "block_table") or name.startswith(("k.", "v."))
-                raise ConfigError(
-                    f"buffer {name} would take {nbytes >> 20} MiB; {self.device.info.name} reaches {most >> 20} MiB of one",
-                    hint="lower n_ctx, or n_seq" if by_position else "lower prefill_chunk",
-                )
-        reach = max(limits.max_texel_elements * 16, 0 if texels else limits.max_storage_buffer_range)
-        for matrix in self._lower.matrices:
-            if matrix.nbytes > reach:
-                raise UnsupportedModelError(
-                    f"{matrix.name} takes {matrix.nbytes >> 20} MiB; {self.device.info.name} reaches {reach >> 20} MiB of it",
-                    hint="use a smaller quantization, or another --device",
-                )
-
-    def _load(self, file: GGUFFile) -> None:
+    def _load(self, file: ModelFile) -> None:
         """Weights, vectors and the RoPE table, from the file to the device."""
         self._buffers |= load_weights(self.device, file, self._lower.matrices, progress=self.runtime.progress)
-        for name, values in self._lower.vector_values({n: vector(file, n) for n in vector_lengths(self.graph)}).items():
+        vectors = {name: vector(file, name) for name in self.graph.vectors()}
+        for name, values in self._lower.vector_values(vectors).items():
             self._buffers[name] = self._zeroed(name, -(-values.nbytes // 256) * 256)
             self._buffers[name].write(values)
-        factors = vector(file, self.graph.rope_factors) if self.graph.rope_factors else None
-        self._buffers["rope"].write(rope_table(self.graph.config, self.n_ctx, factors).reshape(-1))
-
-
-def _context_length(trained: int, wanted: int | None) -> int:
-    """The positions to hold: what the user asks for, else what the model was trained on, but no more than a default.
-
-    Raises: ConfigError: more than the model knows.
-    """
-    if wanted is None:
-        return min(trained, DEFAULT_N_CTX)
-    if not 1 <= wanted <= trained:
-        raise ConfigError(f"n_ctx is {wanted}; this model was trained on {trained} positions", hint=f"choose 1 … {trained}")
-    return wanted
+        for name, table in self.graph.ropes.items():
+            self._buffers[name].write(rope_table(table, self.graph.config.rope_dim, self.n_ctx, vectors).reshape(-1))

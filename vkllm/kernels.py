@@ -8,6 +8,7 @@ push; this module knows what those names mean for each op.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import groupby
 from typing import Literal
 
@@ -16,20 +17,40 @@ from numpy.typing import NDArray
 
 from vkllm.config import RuntimeConfig
 from vkllm.errors import UnsupportedQuantError
-from vkllm.files.gguf import GGUFFile
+from vkllm.expand import device_nbytes, device_type
+from vkllm.files.model_file import ModelFile
 from vkllm.kernel_cache import CompiledKernel, KernelCache
 from vkllm.packing import Matrix
-from vkllm.plan import Argmax, Attention, Embed, Graph, Linear, Op, Part, Qkv
+from vkllm.plan import (
+    Argmax,
+    Attention,
+    Combine,
+    Embed,
+    ExpertLinear,
+    Graph,
+    Linear,
+    MatrixOp,
+    NormAdd,
+    Op,
+    Part,
+    Qkv,
+    Route,
+    parts_of,
+)
 from vkllm.schedule import Dispatch
 from vkllm.vk import DeviceInfo
 from vkllm.vk.types import Format as TexelFormat
 from vkllm_codegen import Binding as KernelBinding
 from vkllm_codegen import f32, f32x4, u32, u32x4
-from vkllm_shaders.attention import AttentionSpec, combine, direct, partial
+from vkllm_shaders.attention import AttentionSpec, cache_row_nbytes, combine, direct, partial
 from vkllm_shaders.embed import embed
 from vkllm_shaders.embed import groups as embed_groups
+from vkllm_shaders.experts import RouteSpec, combine_groups, route
+from vkllm_shaders.experts import combine as combine_experts
 from vkllm_shaders.formats import FORMATS, Layout, row_order
+from vkllm_shaders.heads import HeadSpec, heads
 from vkllm_shaders.matmul import MatmulSpec, best_tile, matmul
+from vkllm_shaders.rmsnorm import rmsnorm_add
 from vkllm_shaders.sample import SampleSpec, argmax, top_k
 
 SMALL_MODEL_BYTES = 64 << 20
@@ -49,25 +70,35 @@ def texel_format(binding: KernelBinding) -> TexelFormat | None:
 class Lowering:
     """Turns a graph's ops into dispatches for one device. Pure: it allocates nothing."""
 
-    def __init__(
-        self, graph: Graph, file: GGUFFile, device: DeviceInfo, runtime: RuntimeConfig, n_ctx: int, n_block: int
-    ) -> None:
+    def __init__(self, graph: Graph, file: ModelFile, device: DeviceInfo, runtime: RuntimeConfig, n_ctx: int) -> None:
         c, limits = graph.config, device.limits
         lane_row = device.kind == "cpu" if runtime.schedule == "auto" else runtime.schedule == "lane_row"
-        self.graph, self.runtime, self.n_ctx, self.n_block = graph, runtime, n_ctx, n_block
+        self.graph, self.runtime, self.n_ctx = graph, runtime, n_ctx
         self.capacity = max(runtime.prefill_chunk, runtime.n_seq)
         self.lanes = limits.subgroup_size
         self.layout = Layout("lane_row", lanes=self.lanes) if lane_row else Layout("lane_chunk", lanes=1)
         self._limits, self._rate = limits, RATES.get(device.kind, DISCRETE_RATE)
         self._kernels = KernelCache()
 
-        self._types = {part.weight: file.tensors[part.weight].type for part in graph.parts()}
-        n_byte = sum(file.tensors[name].nbytes for name in self._types)
+        self.fuses_heads = (
+            runtime.cache_type == "f16" and c.rope_dim == c.head_dim
+        )  # else in a dispatch of their own, as q/k norms
+        self._types = {part.weight: device_type(file.tensors[part.weight].type) for part in graph.parts()}
+        n_byte = sum(device_nbytes(file.tensors[name]) for name in self._types)
         self.activations = _activations(runtime.activations, lane_row, n_byte)
-        self._by_op = {op.name: tuple(self._matrices_of(op)) for op in graph.ops if isinstance(op, Embed | Linear | Qkv)}
+        self._by_op = {op.name: tuple(self._matrices_of(op)) for op in graph.ops if isinstance(op, MatrixOp)}
         self.matrices: tuple[Matrix, ...] = tuple({m.name: m for ms in self._by_op.values() for m in ms}.values())
 
-        spec = AttentionSpec(c.head_dim, c.n_head // c.n_kv_head, runtime.block_size, self.lanes, schedule=self.layout.kind)
+        spec = AttentionSpec(
+            c.head_dim,
+            c.n_head // c.n_kv_head,
+            runtime.block_size,
+            self.lanes,
+            schedule=self.layout.kind,
+            cache=runtime.cache_type,
+            scale=c.attention_scale,
+            softcap=c.attn_softcap,
+        )
         self._attention = spec if lane_row else spec.fitted(limits.max_shared_bytes, limits.max_workgroup_invocations)
         self.n_split = 1 if lane_row else spec.n_split(n_ctx)
         self._sample = SampleSpec(lanes=self.lanes)
@@ -76,60 +107,78 @@ class Lowering:
 
     def stride(self, name: str) -> int:
         """Floats from row to row of a row buffer. Only rows that matrix kernels write are padded."""
-        n_col = self.graph.buffers[name].n_col
+        n_col = self._n_qkv if name == "qkv" else self.graph.buffers[name].n_col
         return -(-n_col // ROW_ALIGN) * ROW_ALIGN if name in self._padded() else n_col
+
+    @property
+    def _n_qkv(self) -> int:
+        c = self.graph.config
+        return (c.n_head + 2 * c.n_kv_head) * c.head_dim
 
     def _padded(self) -> set[str]:
         """Row buffers that only embed, norm and matrix kernels touch: they take a stride."""
-        attention = {name for op in self.graph.ops if isinstance(op, Attention) for name in (op.q, op.y)}
-        return set(self.graph.buffers) - attention - {self.graph.logits}
+        dense = {self.graph.logits}
+        for op in self.graph.ops:
+            dense |= {op.q, op.y} if isinstance(op, Attention) else {op.ids, op.y} if isinstance(op, Route) else set()
+        return set(self.graph.buffers) - dense | {"qkv"}
 
-    def buffer_bytes(self) -> dict[str, int]:
-        """Every buffer but weights, vectors and parameters, with its size."""
+    def buffer_bytes(self, n_block: int) -> dict[str, int]:
+        """Every buffer but weights, vectors and parameters, with its size; the KV cache has `n_block` blocks."""
         c, n = self.graph.config, self.capacity
-        sizes = {name: (n * self.stride(name) + ROW_ALIGN) * 4 for name in self.graph.buffers}
-        cache = self.n_block * self.runtime.block_size * c.n_kv_head * c.head_dim * 2
+        sizes = {
+            name: (n * buffer.rows_per_token * self.stride(name) + ROW_ALIGN) * 4 for name, buffer in self.graph.buffers.items()
+        }
         for op in self.graph.ops:
             if isinstance(op, Qkv):
-                sizes |= {f"k.{op.layer}": cache, f"v.{op.layer}": cache}
+                sizes |= dict.fromkeys((f"k.{op.layer}", f"v.{op.layer}"), n_block * self.block_nbytes)
+                sizes |= {} if self._fused(op) else {"qkv": (n * self.stride("qkv") + ROW_ALIGN) * 4}
         if self.n_split > 1:
             sizes["partials"] = self._attention.scratch_nbytes(n, c.n_kv_head, self.n_split)
+        sizes |= dict.fromkeys(self.graph.ropes, self.n_ctx * c.rope_dim * 4)
         return sizes | {
-            "rope": self.n_ctx * c.head_dim * 4,
             "block_table": self.runtime.n_seq * -(-self.n_ctx // self.runtime.block_size) * 4,  # shared blocks count for each
             "candidates": self._sample.candidates_nbytes(n, c.n_vocab),
             "argmax": n * 16,
         }
 
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of one block of a layer's keys (or values)."""
+        c, runtime = self.graph.config, self.runtime
+        return runtime.block_size * c.n_kv_head * cache_row_nbytes(c.head_dim, runtime.cache_type)
+
+    def _fused(self, op: Qkv) -> bool:
+        """Do the matrix kernels of `op` turn the heads and fill the cache themselves?"""
+        return self.fuses_heads and op.head_norms is None
+
     def vector_values(self, vectors: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         """What to upload as vectors: norm weights as they are, biases in the row order of their packed matrices."""
-        norms = {op.norm for op in self.graph.ops if isinstance(op, Linear | Qkv) and op.norm}
-        values = {name: vectors[name] for name in norms}
+        biases = {part.bias for part in self.graph.parts()}
+        factors = {name for table in self.graph.ropes.values() for name in (table.factors, table.long_factors)}
+        values = {name: value for name, value in vectors.items() if name not in biases | factors}
         for matrix in self.matrices:
             bias = matrix.bias(vectors)
             if bias is not None:
                 values[_bias_name(matrix)] = bias
         return values
 
-    def _matrices_of(self, op: Embed | Linear | Qkv) -> Iterator[Matrix]:
+    def _matrices_of(self, op: MatrixOp) -> Iterator[Matrix]:
         """An op's weights as packed matrices: neighbours of one type share a buffer and a dispatch."""
-        if isinstance(op, Embed):
-            yield self._matrix((op.part,), "store")
-        elif isinstance(op, Qkv):
-            for _, parts in groupby(op.parts, key=lambda part: self._types[part.weight]):
-                yield self._matrix(tuple(parts), "qkv")
-        else:
-            if len({self._types[part.weight] for part in op.parts}) > 1:
-                names = ", ".join(f"{part.weight} is {self._types[part.weight]}" for part in op.parts)
-                raise UnsupportedQuantError(
-                    f"{names}; the fused kernel needs one type", hint="re-quantize with one type for both"
-                )
-            yield self._matrix(op.parts, op.epilogue)
+        if isinstance(op, Qkv):
+            epilogue = "qkv" if self._fused(op) else "store"
+            for _, alike in groupby(op.parts, key=lambda part: self._types[part.weight]):
+                yield self._matrix(tuple(alike), epilogue)
+            return
+        parts = parts_of(op)
+        if len({self._types[part.weight] for part in parts}) > 1:
+            names = ", ".join(f"{part.weight} is {self._types[part.weight]}" for part in parts)
+            raise UnsupportedQuantError(f"{names}; the fused kernel needs one type", hint="re-quantize with one type for both")
+        yield self._matrix(parts, "store" if len(parts) == 1 else "swiglu")
 
     def _matrix(self, parts: tuple[Part, ...], epilogue: str) -> Matrix:
         c = self.graph.config
         order = row_order(epilogue, self.layout, [p.n_row for p in parts], c.head_dim, c.rope_pairing)
-        return Matrix("+".join(p.weight for p in parts), parts, self._types[parts[0].weight], self.layout, order)
+        return Matrix.of(parts, self._types[parts[0].weight], self.layout, order)
 
     # -- dispatches -----------------------------------------------------------------------------------------------------------
 
@@ -138,11 +187,19 @@ class Lowering:
         if isinstance(op, Embed):
             return [self._embed(op, n_row)]
         if isinstance(op, Qkv):
-            return [self._qkv(op, matrix, n_row) for matrix in self._by_op[op.name]]
+            return self._qkv(op, n_row)
         if isinstance(op, Attention):
             return self._attend(op, n_row)
         if isinstance(op, Linear):
             return [self._linear(op, n_row, n_out)] if n_out or not op.gather else []
+        if isinstance(op, NormAdd):
+            return [self._norm_add(op, n_row)]
+        if isinstance(op, Route):
+            return [self._route(op, n_row)]
+        if isinstance(op, ExpertLinear):
+            return [self._experts(op, n_row)]
+        if isinstance(op, Combine):
+            return [self._combine(op, n_row)]
         return self._greedy(op, n_out) if n_out else []
 
     def output_of(self, op_name: str) -> str | None:
@@ -169,12 +226,12 @@ class Lowering:
         (matrix,) = self._by_op[op.name]
         push = {"n_chunk": FORMATS[matrix.fmt].n_chunk(matrix.n_col), "x_stride": self.stride(op.y) // 4}
         buffers = {"w": matrix.name, "x": op.y, "params": "params"}
-        groups = embed_groups(matrix.fmt, matrix.n_col, n_row)
-        return self._make(op, self._kernels.get(embed, matrix.fmt, self.layout, self._large(matrix)), buffers, push, groups, 20.0)
+        kernel = self._kernels.get(embed, matrix.fmt, self.layout, self._large(matrix), op.scale)
+        return self._make(op, kernel, buffers, push, embed_groups(matrix.fmt, matrix.n_col, n_row), 20.0)
 
     def _matmul(
         self,
-        op: Linear | Qkv,
+        op: Linear | Qkv | ExpertLinear,
         matrix: Matrix,
         spec: MatmulSpec,
         n_row: int,
@@ -185,24 +242,33 @@ class Lowering:
         buffers |= {"w": matrix.name, "x": op.x, "params": "params", "bias": _bias_name(matrix)} | (
             {"norm_w": op.norm} if op.norm else {}
         )
-        push |= {"n_chunk": FORMATS[matrix.fmt].n_chunk(matrix.n_col), "n_group": matrix.n_group, "n_token": n_row}
+        n_packed = len(matrix.order) // max(1, matrix.parts[0].n_expert)  # of one expert
+        n_group = matrix.layout.n_group(n_packed)
+        push |= {"n_chunk": FORMATS[matrix.fmt].n_chunk(matrix.n_col), "n_group": n_group, "n_token": n_row}
         push |= {"n_col": matrix.n_col, "x_stride": self.stride(op.x) // 4, "eps": self.graph.config.rms_norm_eps}
         tiles = -(-n_row // spec.tile)
         bytes_a_us, macs_a_us = self._rate
-        cost_us = max(matrix.nbytes * tiles / bytes_a_us, matrix.n_row * matrix.n_col * n_row / macs_a_us)
-        return self._make(op, self._kernels.get(matmul, spec), buffers, push, spec.groups(len(matrix.order), n_row), cost_us)
+        nbytes = matrix.nbytes * n_packed // len(matrix.order)
+        cost_us = max(nbytes * tiles / bytes_a_us, matrix.n_row * matrix.n_col * n_row / macs_a_us)
+        return self._make(op, self._kernels.get(matmul, spec), buffers, push, spec.groups(n_packed, n_row), cost_us)
 
-    def _spec(self, op: Linear | Qkv, matrix: Matrix, epilogue: str, n_row: int, gather: bool = False) -> MatmulSpec:
+    def _spec(
+        self, op: Linear | Qkv | ExpertLinear, matrix: Matrix, epilogue: str, n_row: int, gather: bool = False
+    ) -> MatmulSpec:
+        experts = isinstance(op, ExpertLinear)
         return MatmulSpec(
             fmt=matrix.fmt,
             layout=self.layout,
-            tile=best_tile(n_row),
+            tile=1 if experts else best_tile(n_row),
+            experts=experts,
             norm=op.norm is not None,
             bias=any(part.bias for part in matrix.parts),
             epilogue=epilogue,  # type: ignore[arg-type]
             activations=self.activations,
             gather=gather,
             large=self._large(matrix),
+            scale=op.scale if isinstance(op, Linear) else 1.0,
+            softcap=op.softcap if isinstance(op, Linear) else 0.0,
             rope_pairing=self.graph.config.rope_pairing if epilogue == "qkv" else "interleaved",
             head_dim=self.graph.config.head_dim if epilogue == "qkv" else 0,
             subgroup=self.lanes,
@@ -215,30 +281,84 @@ class Lowering:
     def _linear(self, op: Linear, n_row: int, n_out: int) -> Dispatch:
         (matrix,) = self._by_op[op.name]
         rows = n_out if op.gather else n_row
-        n_y = matrix.n_row // 2 if op.epilogue == "swiglu" else matrix.n_row
+        n_y = op.parts[0].n_row
         push: dict[str, int | float] = {"n_row": n_y, "y_stride": self.stride(op.y), "first_row": 0, "capacity": n_row}
         return self._matmul(op, matrix, self._spec(op, matrix, op.epilogue, rows, op.gather), rows, {"y": op.y}, push)
 
-    def _qkv(self, op: Qkv, matrix: Matrix, n_row: int) -> Dispatch:
+    def _qkv(self, op: Qkv, n_row: int) -> list[Dispatch]:
+        """One dispatch for each type of matrix, and one for the heads where the matrix kernels cannot do their work."""
+        c, dispatches = self.graph.config, []
+        for matrix in self._by_op[op.name]:
+            first = sum(p.n_row for p in op.parts[: op.parts.index(matrix.parts[0])])
+            push: dict[str, int | float] = {"first_row": first, "n_row": matrix.n_row}
+            if self._fused(op):
+                push |= {"capacity": n_row, "n_head": c.n_head, "n_kv_head": c.n_kv_head}
+                buffers = {"q": op.y, "k": f"k.{op.layer}", "v": f"v.{op.layer}", "rope": op.rope}
+                spec = self._spec(op, matrix, "qkv", n_row)
+            else:
+                push |= {"y_stride": self.stride("qkv")}
+                buffers, spec = {"y": "qkv"}, self._spec(op, matrix, "store", n_row)
+            dispatches.append(self._matmul(op, matrix, spec, n_row, buffers, push))
+        return dispatches if self._fused(op) else [*dispatches, self._heads(op, n_row)]
+
+    def _heads(self, op: Qkv, n_row: int) -> Dispatch:
+        """Norm, rotate and keep the heads of a finished QKV product."""
         c = self.graph.config
-        first = sum(p.n_row for p in op.parts[: op.parts.index(matrix.parts[0])])
-        push: dict[str, int | float] = {"capacity": n_row, "first_row": first, "n_row": matrix.n_row, "n_head": c.n_head}
-        push |= {"n_kv_head": c.n_kv_head}
-        buffers = {"q": op.y, "k": f"k.{op.layer}", "v": f"v.{op.layer}", "rope": "rope"}
-        return self._matmul(op, matrix, self._spec(op, matrix, "qkv", n_row), n_row, buffers, push)
+        spec = HeadSpec(c.head_dim, c.rope_dim, c.rope_pairing, op.head_norms is not None, self.runtime.cache_type, self.lanes)
+        q_norm, k_norm = op.head_norms or ("", "")
+        buffers = {"qkv": "qkv", "q_norm": q_norm, "k_norm": k_norm, "rope": op.rope, "params": "params"}
+        buffers |= {"q": op.y, "k": f"k.{op.layer}", "v": f"v.{op.layer}"}
+        push: dict[str, int | float] = {"n_head": c.n_head, "n_kv_head": c.n_kv_head, "x_stride": self.stride("qkv") // 4}
+        push |= {"capacity": n_row, "eps": c.rms_norm_eps}
+        groups = (c.n_head + 2 * c.n_kv_head, n_row, 1)
+        return self._make(op, self._kernels.get(heads, spec), buffers, push, groups, 10.0 + n_row)
+
+    def _route(self, op: Route, n_row: int) -> Dispatch:
+        c, softmax_of = self.graph.config, "all" if op.softmax_first and not op.normalized else "used"
+        spec = RouteSpec(c.n_expert, c.n_expert_used, softmax_of, self.lanes)  # type: ignore[arg-type]
+        buffers = {"logits": op.logits, "ids": op.ids, "weights": op.y}
+        return self._make(op, self._kernels.get(route, spec), buffers, {"x_stride": self.stride(op.logits)}, (n_row, 1, 1), 10.0)
+
+    def _experts(self, op: ExpertLinear, n_row: int) -> Dispatch:
+        """A row of y for each token and each of its experts."""
+        (matrix,) = self._by_op[op.name]
+        n_used = self.graph.config.n_expert_used
+        n_share = n_used // self.graph.buffers[op.x].rows_per_token  # rows of y that read the same row of x
+        push: dict[str, int | float] = {"n_row": op.parts[0].n_row, "y_stride": self.stride(op.y), "first_row": 0}
+        push |= {"n_share": n_share}
+        spec = self._spec(op, matrix, op.epilogue, 1)
+        return self._matmul(op, matrix, spec, n_row * n_used, {"y": op.y, "ids": op.ids}, push)
+
+    def _combine(self, op: Combine, n_row: int) -> Dispatch:
+        n_col = self.graph.buffers[op.y].n_col
+        kernel = self._kernels.get(combine_experts, self.graph.config.n_expert_used, self.layout.kind)
+        push = {"n_texel": -(-n_col // 4), "x_stride": self.stride(op.x) // 4, "y_stride": self.stride(op.y) // 4}
+        buffers = {"x": op.x, "weights": op.weights, "y": op.y}
+        return self._make(op, kernel, buffers, push, combine_groups(n_col, n_row), 10.0)
+
+    def _norm_add(self, op: NormAdd, n_row: int) -> Dispatch:
+        push: dict[str, int | float] = {
+            "n_row": n_row,
+            "n_col": self.graph.buffers[op.x].n_col,
+            "eps": self.graph.config.rms_norm_eps,
+        }
+        push |= {"x_stride": self.stride(op.x), "y_stride": self.stride(op.y)}
+        buffers = {"x": op.x, "y": op.y, "w": op.norm}
+        return self._make(op, self._kernels.get(rmsnorm_add), buffers, push, (n_row, 1, 1), 10.0 + n_row)
 
     def _attend(self, op: Attention, n_row: int) -> list[Dispatch]:
         """One dispatch where rows and heads fill the device; on GPUs the positions are split as well, and merged by a second."""
-        c, spec = self.graph.config, self._attention
+        c, spec = self.graph.config, replace(self._attention, windowed=bool(op.window), sinks=op.sinks is not None)
         buffers = {"q": op.q, "k": f"k.{op.layer}", "v": f"v.{op.layer}", "block_table": "block_table", "params": "params"}
-        push = {"n_token": n_row, "n_kv_head": c.n_kv_head}
-        cost_us = 2 * n_row * c.n_head * c.head_dim * self.n_ctx / self._rate[1]
+        buffers |= {"sinks": op.sinks} if op.sinks else {}
+        push = {"n_token": n_row, "n_kv_head": c.n_kv_head, "window": op.window}
+        cost_us = 2 * n_row * c.n_head * c.head_dim * min(op.window or self.n_ctx, self.n_ctx) / self._rate[1]
         if self.n_split == 1:
             kernel = self._kernels.get(direct, spec)
             return [self._make(op, kernel, buffers | {"out": op.y}, push, (1, c.n_kv_head, n_row), cost_us)]
         parts, merge = self._kernels.get(partial, spec), self._kernels.get(combine, spec)
-        merging = {"partials": "partials", "params": "params", "out": op.y}
-        counts = {"n_token": n_row, "n_split": self.n_split, "n_head": c.n_head}
+        merging = {"partials": "partials", "params": "params", "out": op.y} | ({"sinks": op.sinks} if op.sinks else {})
+        counts = {"n_token": n_row, "n_split": self.n_split, "n_head": c.n_head, "window": op.window}
         return [
             self._make(op, parts, buffers | {"out": "partials"}, push, (self.n_split, c.n_kv_head, n_row), cost_us),
             self._make(op, merge, merging, counts, (c.n_head, n_row, 1), 10.0),

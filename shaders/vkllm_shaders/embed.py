@@ -17,8 +17,8 @@ def groups(fmt: str, n_col: int, n_token: int) -> tuple[int, int, int]:
 
 
 @cache
-def embed(fmt: str, layout: Layout, large: bool = False) -> Kernel:
-    """x[t, :] = row params[t] (the token id) of a matrix packed with row_order "store". Dispatch: groups(fmt, n_col, n_token).
+def embed(fmt: str, layout: Layout, large: bool = False, scale: float = 1.0) -> Kernel:
+    """x[t, :] = scale * row params[t] (the token id) of a matrix packed with row_order "store". Dispatch: groups(fmt, n_col, n_token).
 
     Bindings: w (u32x4; texel in lane_row or when `large`, storage in lane_chunk), params (u32), x (f32x4 [n_token, x_stride]).
     Push: n_chunk (chunks a row), x_stride (f32x4 a row of x). Columns past n_col, up to the chunk's end or x_stride, become zero.
@@ -34,7 +34,9 @@ def embed(fmt: str, layout: Layout, large: bool = False) -> Kernel:
         x=write(f32x4),
         push={"n_chunk": u32, "x_stride": u32},
         local_size=WORKGROUP,
-        name=f"embed_{f.name.lower()}_{layout.kind}_s{lanes}_r{rows}" + ("_large" if large else ""),
+        name=f"embed_{f.name.lower()}_{layout.kind}_s{lanes}_r{rows}"
+        + ("_large" if large else "")
+        + (f"_scale{scale:.9g}" if scale != 1.0 else ""),
     )
     def embed_kernel(b: Block, w: Buffer, params: Buffer, x: Buffer, *, n_chunk: Value, x_stride: Value) -> None:
         at, t = b.global_id(0), b.workgroup_id(1)
@@ -58,7 +60,7 @@ def embed(fmt: str, layout: Layout, large: bool = False) -> Kernel:
                         out = chunk * (f.chunk // 4) + f.texel(step, slot)
                         value = b.vec(*(weight(weights, r, slot, comp) for comp in range(4)))
                         with b.when(out < x_stride):
-                            x[t * x_stride + out] = value
+                            x[t * x_stride + out] = value if scale == 1.0 else value * scale
 
     return embed_kernel
 

@@ -105,7 +105,7 @@ def test_dispatches_a_layer(tiny: GGUFFile) -> None:
 @pytest.mark.parametrize("kind", ["cpu", "discrete"])
 @pytest.mark.parametrize(
     "option, buffer",
-    [({"n_seq": 1 << 12}, "k.0"), ({"prefill_chunk": 1 << 15}, "ffn|logits"), ({"prefill_chunk": 1 << 16}, "65536 rows")],
+    [({"cache_tokens": 1 << 20}, "k.0"), ({"prefill_chunk": 1 << 15}, "ffn|logits"), ({"prefill_chunk": 1 << 16}, "65536 rows")],
 )
 def test_what_no_binding_reaches_is_refused_before_loading(
     tiny: GGUFFile, kind: str, option: dict[str, int], buffer: str, monkeypatch: pytest.MonkeyPatch

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from vkllm.config import ModelConfig, RuntimeConfig
+from vkllm.config import ModelConfig, RopeScaling, RuntimeConfig
 from vkllm.errors import ConfigError, UnsupportedModelError
 from vkllm.files import GGUFFile
 
@@ -81,13 +82,9 @@ def test_contradictions(changes: dict[str, object], message: str) -> None:
     ("changes", "message"),
     [
         ({"general.architecture": "mamba"}, "mamba"),
-        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "yarn"),
-        ({"rope.scaling.type": "longrope"}, "longrope"),
-        ({"rope.scale_linear": 4.0}, "scale_linear"),
-        ({"expert_count": 8}, "mixture"),
+        ({"rope.scaling.type": "dynamic", "rope.scaling.factor": 4.0}, "dynamic"),
         ({"attention.key_length": 16, "attention.value_length": 8}, "value_length"),
         ({"attention.causal": False}, "causal is False"),
-        ({"attention.sliding_window": 511}, "sliding_window is 511"),
         ({"attention.scale": 0.5}, "attention.scale is 0.5"),
         ({"final_logit_softcapping": 30.0}, "softcapping is 30"),
         ({"residual_scale": 0.22}, "residual_scale is 0.22"),
@@ -98,9 +95,60 @@ def test_unsupported_models_are_refused(changes: dict[str, object], message: str
         ModelConfig.from_gguf(metadata(**changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"expert_count": 8}, "mixture"), ({"attention.sliding_window": 511}, "sliding_window is 511")],
+)
+def test_what_an_architecture_does_not_have_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        ModelConfig.from_gguf(metadata("qwen2", **changes))
+
+
+def test_rope_scaling() -> None:
+    linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    assert ModelConfig.from_gguf(metadata(**linear)).rope_scaling == RopeScaling(kind="linear", factor=4.0, n_ctx_original=512)
+    assert ModelConfig.from_gguf(metadata(**{"rope.scale_linear": 4.0})).rope_scaling.kind == "linear"
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128}
+    scaling = ModelConfig.from_gguf(metadata(**yarn)).rope_scaling
+    assert (scaling.kind, scaling.n_ctx_original) == ("yarn", 128)
+    assert scaling.attn_factor == pytest.approx(1.0 + 0.1 * np.log(4.0))
+    assert ModelConfig.from_gguf(metadata(**{"rope.scaling.type": "longrope"})).rope_scaling.kind == "longrope"
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "windows"),
+    [
+        ("llama", {}, (0, 0)),
+        ("llama", {"attention.sliding_window": 8}, (8, 8)),
+        ("llama", {"attention.sliding_window": 512}, (0, 0)),
+        ("gemma2", {"attention.sliding_window": 8}, (8, 0)),
+        ("gemma2", {}, (0, 0)),
+        ("gemma2", {"context_length": 8192}, (4096, 0)),
+        ("gemma3", {"attention.sliding_window": 8, "attention.sliding_window_pattern": [False, True]}, (0, 8)),
+        ("gpt-oss", {"attention.sliding_window": 8}, (8, 0)),
+    ],
+)
+def test_windows(arch: str, changes: dict[str, object], windows: tuple[int, ...]) -> None:
+    c = ModelConfig.from_gguf(metadata(arch, **changes))
+    assert (c.window(0), c.window(1)) == windows
+
+
+def test_a_pattern_of_windows_that_is_too_short() -> None:
+    with pytest.raises(ConfigError, match="1 entries for 2 layers"):
+        ModelConfig.from_gguf(metadata(**{"attention.sliding_window": 8, "attention.sliding_window_pattern": [True]}))
+
+
+def test_experts() -> None:
+    keys = {"expert_count": 8, "expert_used_count": 2, "expert_feed_forward_length": 96}
+    c = ModelConfig.from_gguf(metadata("qwen3moe", feed_forward_length=None, **keys))
+    assert (c.n_expert, c.n_expert_used, c.n_ff_expert, c.expert_weights_norm) == (8, 2, 96, True)
+    with pytest.raises(ConfigError, match="n_expert_used 9 of n_expert 8"):
+        ModelConfig.from_gguf(metadata("qwen3moe", **(keys | {"expert_used_count": 9})))
+
+
 def test_unknown_architecture_lists_the_known() -> None:
     with pytest.raises(UnsupportedModelError) as e:
-        ModelConfig.from_gguf(metadata("gpt-oss"))
+        ModelConfig.from_gguf(metadata("mamba"))
     assert "llama" in e.value.hint and "qwen2" in e.value.hint
 
 
@@ -123,6 +171,8 @@ def test_real_files(shared_data: Path) -> None:
         *({"submit_ms": ms} for ms in (0.0, float("nan"), "1")),
         {"activations": "f64"},
         {"schedule": "fast"},
+        {"cache_type": "q4_0"},
+        {"memory_share": 0.0},
         {"n_seq": 0},
     ],
 )

@@ -6,10 +6,20 @@ from collections.abc import Callable, Collection
 
 from vkllm.config import ModelConfig
 from vkllm.errors import FileFormatError, UnsupportedModelError
-from vkllm.models import llama, qwen2
+from vkllm.models import gemma, gpt_oss, granite, llama, phi3, qwen2, qwen3
 from vkllm.plan import Graph
 
-ARCHITECTURES: dict[str, Callable[[ModelConfig, Collection[str]], Graph]] = {"llama": llama.graph, "qwen2": qwen2.graph}
+ARCHITECTURES: dict[str, Callable[[ModelConfig, Collection[str]], Graph]] = {
+    "llama": llama.graph,
+    "qwen2": qwen2.graph,
+    "qwen3": qwen3.graph,
+    "qwen3moe": qwen3.graph,
+    "gemma2": gemma.graph,
+    "gemma3": gemma.graph,
+    "phi3": phi3.graph,
+    "granite": granite.graph,
+    "gpt-oss": gpt_oss.graph,
+}
 
 
 def build_graph(config: ModelConfig, tensors: Collection[str]) -> Graph:
