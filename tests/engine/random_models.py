@@ -67,10 +67,13 @@ def put(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     kinds.get(type(value), writer.add_array)(key, value)
 
 
+PLAIN = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I32": np.int32}
+
+
 def put_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: gguf.GGMLQuantizationType) -> None:
-    """One tensor; of types that `gguf` cannot quantize to, K-quants get random blocks and others bytes of zero."""
-    if kind.name in ("F32", "F16"):
-        writer.add_tensor(name, values.astype(np.float32 if kind.name == "F32" else np.float16))
+    """One tensor; of types that `gguf` cannot quantize to, random blocks."""
+    if kind.name in PLAIN:
+        writer.add_tensor(name, values.astype(PLAIN[kind.name]))
         return
     if kind.name in ("Q4_K", "Q5_K", "Q6_K"):
         writer.add_tensor(name, k_blocks(values.shape, kind.name), raw_dtype=kind)
@@ -78,7 +81,7 @@ def put_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: ggu
     try:
         blocks = gguf.quants.quantize(values, kind)
     except NotImplementedError:
-        blocks = np.zeros(gguf.quants.quant_shape_to_byte_shape(values.shape, kind), np.uint8)
+        blocks = random_blocks(values.shape, kind.name)
     writer.add_tensor(name, blocks, raw_dtype=kind)
 
 
@@ -100,6 +103,34 @@ def k_blocks(shape: tuple[int, ...], kind: str) -> np.ndarray:
         d = size / (32 * top / 2)  # scales and minima have 6 bits
         blocks = [halves(d), halves(d * top / 2), bits(12 + n_byte)]
     return np.concatenate(blocks, axis=1).reshape(shape[0], -1)
+
+
+def random_blocks(shape: tuple[int, ...], kind: str) -> np.ndarray:
+    """Random bits with factors that make the weights about 1/√n_col, in any type with f16 factors: [n_row, row bytes]."""
+    rng, number = np.random.default_rng(shape[0]), gguf.GGMLQuantizationType[kind]
+    n_weight, n_byte = gguf.GGML_QUANT_SIZES[number]
+    n_row = int(np.prod(shape[:-1]))
+    bits = rng.integers(0, 256, (n_row, shape[-1] // n_weight, n_byte), dtype=np.uint8)
+    plain = gguf.quants.dequantize(with_factors(bits, kind, np.ones(bits.shape[:2])).reshape(n_row, -1), number)
+    size = 1.0 / np.sqrt(shape[-1]) / np.sqrt(np.mean(plain**2))
+    return with_factors(bits, kind, size * rng.uniform(0.8, 1.2, bits.shape[:2])).reshape(n_row, -1)
+
+
+FACTORS = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,)}
+"""Where a block's f16 factors are; of other types with one factor it comes first."""
+
+
+def with_factors(bits: np.ndarray, kind: str, factors: np.ndarray) -> np.ndarray:
+    """Blocks […, block bytes] with their f16 factors replaced by `factors` […]."""
+    blocks, halves = bits.copy(), factors.astype(np.float16)
+    if kind == "IQ1_M":  # four bits on top of each of the last four words
+        words, number = blocks.view(np.uint16), halves.view(np.uint16)
+        for i in range(4):
+            words[..., 24 + i] = words[..., 24 + i] & 0x0FFF | (number >> (4 * i) & 15) << 12
+    else:
+        for at in FACTORS.get(kind, (0,)):
+            blocks[..., at : at + 2] = halves[..., None].view(np.uint8)
+    return blocks
 
 
 def hyper_parameters(s: Shape) -> Metadata:

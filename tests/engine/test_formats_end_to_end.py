@@ -26,9 +26,14 @@ K_QUANTS |= {"attn_output": "Q5_K", "ffn": "Q4_K", "output.": "Q6_K"}
 Q45 = {"attn_q": "Q4_0", "attn_k": "Q4_1", "attn_v": "Q5_0", "attn_output": "Q5_1", "ffn_down": "Q4_1", "token_embd": "Q5_0"}
 Q45 |= {"ffn": "Q5_1", "output.": "Q4_0"}
 PLAIN = {"attn_q": "F16", "attn_k": "BF16", "attn_v": "Q8_0", "ffn_down": "BF16", "token_embd": "Q8_0", "ffn": "F16", "": "Q8_0"}
+FEW = {"attn_q": "Q2_K", "attn_k": "IQ4_NL", "attn_v": "IQ4_XS", "attn_output": "MXFP4", "ffn_down": "IQ4_XS"}
+FEW |= {"token_embd": "MXFP4", "ffn": "Q3_K", "output.": "Q2_K"}
+EXPANDED = {"attn_q": "IQ1_S", "attn_k": "IQ1_M", "attn_v": "IQ2_XXS", "attn_output": "IQ2_XS", "ffn_gate": "IQ2_S"}
+EXPANDED |= {"ffn_up": "IQ3_XXS", "ffn_down": "TQ1_0", "token_embd": "TQ2_0", "output.": "IQ3_S"}
 
 MODELS = {
     "K": Shape("qwen2", n_head=2, n_kv_head=1, head_dim=128, n_ff=256, bias=True, types=K_QUANTS),
+    "few bits": Shape("qwen2", n_head=2, n_kv_head=1, head_dim=128, n_ff=256, bias=True, types=FEW),
     "legacy": Shape("llama", n_head=3, n_kv_head=1, head_dim=32, n_ff=160, types=Q45),
     "plain": Shape("qwen2", n_head=2, n_kv_head=2, head_dim=48, n_ff=96, bias=True, types=PLAIN),
 }
@@ -43,12 +48,14 @@ USUAL = RuntimeConfig(n_ctx=61, block_size=8, prefill_chunk=7)  # a context that
 RUNS: tuple[tuple[Activations, Schedule], ...] = (("f32", "lane_row"), ("int8", "lane_row"), ("f32", "lane_chunk"))
 
 
-def check(path: Path, runtime: RuntimeConfig, n_token: int = N_TOKEN, *, step: bool = True) -> None:
+def check(
+    path: Path, runtime: RuntimeConfig, n_token: int = N_TOKEN, *, step: bool = True, limits: dict[Activations, float] = LIMITS
+) -> None:
     """Logits of a prefill, and of single steps, against the reference."""
     with LLMEngine.init_model(path, runtime) as engine:
         ids = [int(i) for i in np.random.default_rng(1).integers(0, engine.config.n_vocab, n_token)]
         expected = ReferenceExecutor(engine.graph, engine.file, n_ctx=engine.n_ctx).forward(ids)
-        limit = LIMITS[engine.chain.activations]
+        limit = limits[engine.chain.activations]
         assert nmse(engine.logits(ids), expected) <= limit
         assert not step or nmse(engine.logits(ids[:3], step=True), expected[:3]) <= limit
 
@@ -59,6 +66,14 @@ def check(path: Path, runtime: RuntimeConfig, n_token: int = N_TOKEN, *, step: b
 def test_formats(tmp_path: Path, model: str, activations: Activations, schedule: Schedule) -> None:
     path = write_model(tmp_path / "model.gguf", MODELS[model])
     check(path, replace(USUAL, activations=activations, schedule=schedule), step=False)
+
+
+@pytest.mark.usefixtures("device")
+def test_types_without_kernels_are_expanded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The reference has the file's weights, the device their expansion in 8 bits."""
+    path = write_model(tmp_path / "model.gguf", Shape("llama", n_head=2, n_kv_head=1, head_dim=128, n_ff=256, types=EXPANDED))
+    check(path, USUAL, step=False, limits={"f32": 5e-4})
+    assert "9 tensors have no kernels of their own and are expanded while loading" in caplog.text
 
 
 @pytest.mark.usefixtures("device")
