@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections import Counter
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
@@ -23,10 +24,11 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from vkllm.config import Activations, ModelConfig, RuntimeConfig
+from vkllm.config import Activations, CacheType, ModelConfig, RuntimeConfig
 from vkllm.errors import RequestError
 from vkllm.homeostasis_cli import app as homeostasis
 from vkllm.import_cli import import_model
+from vkllm.perplexity_cli import eval_quant, perplexity
 from vkllm.serve.command import serve
 from vkllm.soak_cli import soak
 from vkllm_codegen.errors import HintedError
@@ -94,13 +96,20 @@ ContextOption = Annotated[int | None, typer.Option("--n-ctx", "-c", min=1, help=
 ActivationsOption = Annotated[
     str, typer.Option(help="auto, f32 or int8: how matrix products see activations.", callback=known_activations)
 ]
+CacheOption = Annotated[str, typer.Option("--cache-type", help="f16, or q8_0: the KV cache in about half the memory.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-def runtime(device: str | None, n_ctx: int | None, activations: str, *, progress: bool = True) -> RuntimeConfig:
+def runtime(
+    device: str | None, n_ctx: int | None, activations: str, cache_type: str = "f16", *, progress: bool = True
+) -> RuntimeConfig:
     """RuntimeConfig from the options that every command with a model has."""
     return RuntimeConfig(
-        device=device, n_ctx=n_ctx, activations=cast(Activations, activations), progress=progress and sys.stderr.isatty()
+        device=device,
+        n_ctx=n_ctx,
+        activations=cast(Activations, activations),
+        cache_type=cast(CacheType, cache_type),
+        progress=progress and sys.stderr.isatty(),
     )
 
 
@@ -136,6 +145,7 @@ def run(
     device: DeviceOption = None,
     n_ctx: ContextOption = None,
     activations: ActivationsOption = "auto",
+    cache_type: CacheOption = "f16",
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text."""
@@ -153,7 +163,7 @@ def run(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    with LLMEngine.init_model(model, runtime(device, n_ctx, activations, progress=not as_json)) as engine:
+    with LLMEngine.init_model(model, runtime(device, n_ctx, activations, cache_type, progress=not as_json)) as engine:
         if as_json:
             result = engine.generate_result(prompt, params)
             print_json(
@@ -198,15 +208,19 @@ def chat(
     device: DeviceOption = None,
     n_ctx: ContextOption = None,
     activations: ActivationsOption = "auto",
+    cache_type: CacheOption = "f16",
 ) -> None:
     """Talk to a model that has a chat template. Ctrl-C ends an answer, Ctrl-D the chat; `/reset` starts over."""
     from vkllm.chat import Conversation
     from vkllm.engine import LLMEngine
     from vkllm.sampler import SamplingParams
+    from vkllm.serve.render import TemplateWorker
 
     params = SamplingParams(temperature=temperature, seed=seed, max_tokens=n)
-    with LLMEngine.init_model(model, runtime(device, n_ctx, activations)) as engine:
-        conversation = Conversation(engine.tokenizer, system)
+    with LLMEngine.init_model(model, runtime(device, n_ctx, activations, cache_type)) as engine, ExitStack() as stack:
+        t = engine.tokenizer
+        template = stack.enter_context(closing(TemplateWorker(t.chat_template or "", t.bos_token, t.eos_token)))
+        conversation = Conversation(t, system, template.render)
         name = f"{engine.config.name or model} on {engine.device.info.name}"
         err.print(f"{name}; Ctrl-D ends, /reset starts over", style="dim", markup=False)
         while (line := ask()) is not None:
@@ -352,13 +366,14 @@ def diff(
     device: DeviceOption = None,
     n_ctx: ContextOption = None,
     activations: ActivationsOption = "f32",
+    cache_type: CacheOption = "f16",
     as_json: JsonOption = False,
 ) -> None:
     """Compare the device with the numpy reference after every op, and name the first divergence."""
     from vkllm.diff import diff as compare
     from vkllm.engine import LLMEngine
 
-    with LLMEngine.init_model(model, runtime(device, n_ctx, activations, progress=not as_json)) as engine:
+    with LLMEngine.init_model(model, runtime(device, n_ctx, activations, cache_type, progress=not as_json)) as engine:
         found = compare(engine, engine.tokenizer.encode(prompt), limit)
     first = found.first_divergence
     if as_json:
@@ -385,12 +400,15 @@ def bench(
     device: DeviceOption = None,
     n_ctx: ContextOption = None,
     activations: ActivationsOption = "auto",
+    cache_type: CacheOption = "f16",
     as_json: JsonOption = False,
 ) -> None:
     """Measure prefill and decode speed, load time, time to the first token and memory."""
     from vkllm.benchmark import benchmark
 
-    figures = benchmark(model, runtime(device, n_ctx, activations, progress=not as_json), n_prompt, n_generate, repeat)
+    figures = benchmark(
+        model, runtime(device, n_ctx, activations, cache_type, progress=not as_json), n_prompt, n_generate, repeat
+    )
     if as_json:
         print_json(asdict(figures))
         return
@@ -410,6 +428,7 @@ def logits(
     device: DeviceOption = None,
     n_ctx: ContextOption = None,
     activations: ActivationsOption = "auto",
+    cache_type: CacheOption = "f16",
 ) -> None:
     """Write the logits of every token, float32 [n_token, n_vocab]."""
     from vkllm.engine import LLMEngine
@@ -419,7 +438,7 @@ def logits(
     if not out.parent.is_dir():
         raise typer.BadParameter(f"the folder {out.parent} does not exist", param_hint="--out")
     given = parse_ids(ids) if ids is not None else None
-    with LLMEngine.init_model(model, runtime(device, n_ctx, activations)) as engine:
+    with LLMEngine.init_model(model, runtime(device, n_ctx, activations, cache_type)) as engine:
         values = engine.logits(engine.tokenizer.encode(prompt or "") if given is None else given, step=step)
     with open(out, "wb") as sink:
         np.save(sink, values)
@@ -445,6 +464,8 @@ def shaders(out: Annotated[Path, typer.Argument(help="Folder for .spv, .spvasm, 
 app.command()(serve)
 app.command()(soak)
 app.command("import")(import_model)
+app.command()(perplexity)
+app.command("eval-quant")(eval_quant)
 app.add_typer(homeostasis, name="homeostasis")
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
+from weakref import ref
 
 import typer
 
-from vkllm.config import RuntimeConfig
+from vkllm.config import CacheType, RuntimeConfig
 from vkllm.errors import ConfigError
 from vkllm.homeostasis import HomeostasisConfig, Mode
 from vkllm.serve import logs
@@ -52,7 +54,8 @@ def serve(
     power_limit: Annotated[
         float | None, typer.Option(help="Hold the device's own power limit at so many watts, where that is allowed.")
     ] = None,
-    cache_tokens: Annotated[int | None, typer.Option(min=1, help="Positions of the KV cache; default: for all at once.")] = None,
+    cache_tokens: Annotated[int | None, typer.Option(min=1, help="Positions of the KV cache; default: for all at once, as far as memory allows.")] = None,
+    cache_type: Annotated[str, typer.Option(help="f16, or q8_0: holds nearly twice the tokens, a little less exact.")] = "f16",
     max_connections: Annotated[int, typer.Option(min=1, help="Connections that may be open at once.")] = 4096,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     log_format: Annotated[str, typer.Option(help="text, or json: one object a line.")] = "text",
@@ -63,7 +66,13 @@ def serve(
     key = key_from(api_key, api_key_file)
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("listening on %s without an API key: everybody who reaches it may use it", host)
-    runtime = RuntimeConfig(device=device, n_ctx=n_ctx, n_seq=parallel, cache_tokens=cache_tokens)
+    runtime = RuntimeConfig(
+        device=device,
+        n_ctx=n_ctx,
+        n_seq=parallel,
+        cache_tokens=cache_tokens,
+        cache_type=cast(CacheType, cache_type),
+    )
     serve_model(
         runtime,
         Address(host, port),
@@ -109,7 +118,10 @@ def serve_model(
     metrics, limits = Metrics(), ConnectionLimits(allowed_connections(max_connections))
     if limits.most < max_connections:
         log.warning("the limit on open files allows %d connections, not %d", limits.most, max_connections)
-    with LLMEngine.init_model(options.path, runtime) as engine, paced(engine, pacing, watts) as pacer:
+    engine = LLMEngine.init_model(options.path, runtime)
+    with ExitStack() as stack:
+        stack.callback(close_if_there, ref(engine))  # by a weak reference: a reload may end it, and then its memory is to go
+        pacer = stack.enter_context(paced(engine, pacing, watts))
 
         def load(path: str) -> BatchEngine:
             return batched(LLMEngine.init_model(path, runtime), pacer, n_queue, metrics.observe)
@@ -118,8 +130,15 @@ def serve_model(
         app = create_app(host, options, metrics)
         server = Server(app, address, stop_s=stop_s, limits=limits, max_message=options.max_body, hang_up=host.reload_soon)
         _say(engine, options.model_id, address.host, server.port)
+        del engine
         server.run()
     log.info("stopped")
+
+
+def close_if_there(engine: ref[LLMEngine]) -> None:
+    """Close an engine, unless nothing is left of it."""
+    if (found := engine()) is not None:
+        found.close()
 
 
 def batched(engine: LLMEngine, pacer: Pacer | None, n_queue: int, observe: Callable[[str, float], None]) -> BatchEngine:
