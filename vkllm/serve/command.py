@@ -54,7 +54,9 @@ def serve(
     power_limit: Annotated[
         float | None, typer.Option(help="Hold the device's own power limit at so many watts, where that is allowed.")
     ] = None,
-    cache_tokens: Annotated[int | None, typer.Option(min=1, help="Positions of the KV cache; default: for all at once, as far as memory allows.")] = None,
+    cache_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Positions of the KV cache; default: for all at once, as memory allows.")
+    ] = None,
     cache_type: Annotated[str, typer.Option(help="f16, or q8_0: holds nearly twice the tokens, a little less exact.")] = "f16",
     max_connections: Annotated[int, typer.Option(min=1, help="Connections that may be open at once.")] = 4096,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
