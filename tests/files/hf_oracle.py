@@ -135,12 +135,18 @@ def byte_level_files(out: Path, expression: str) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator([f"the {w} of a {w} is not the {w}er" for w in WORDS] * 5, trainer)
-    frame = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
-    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), frame])
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), frame()])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.add_tokens(["<turn>"])
     fast.chat_template = "{{ messages }}"
     fast.save_pretrained(out)
+
+
+def frame() -> Any:
+    """The post-processor that puts <s> first."""
+    from tokenizers import processors
+
+    return processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
 
 
 def sentencepiece_files(out: Path) -> None:
@@ -160,6 +166,7 @@ def sentencepiece_files(out: Path) -> None:
     tokenizer = transformers.LlamaTokenizerFast.from_pretrained(out)
     tokenizer.add_tokens(["<turn>"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.backend_tokenizer.post_processor = frame()
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained(out)
 

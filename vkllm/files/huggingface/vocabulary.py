@@ -190,18 +190,19 @@ def _specials(files: TokenizerFiles, ids: Mapping[str, int], is_spm: bool) -> di
         token = _special_id(files, theirs, ids)
         if token is not None:
             found[ours] = token
-    first, last = _frame(files.tokenizer)
-    if "bos" not in found and first is not None and first in ids:
+    frame = _frame(files.tokenizer)
+    first, last = frame or ("", "")
+    if "bos" not in found and first in ids:
         found["bos"] = ids[first]
     pairs: dict[str, object] = {f"tokenizer.ggml.{name}_token_id": token for name, token in found.items()}
     ends = [i for i in _end_ids(files) if i != found.get("eos") and i in ids.values()]
     names = ("eot", "eom") if "eos" in found else ("eos", "eot", "eom")
     pairs |= {f"tokenizer.ggml.{name}_token_id": i for name, i in zip(names, ends, strict=False)}
-    for key, framed in (("bos", first), ("eos", last)):
+    for key, text in (("bos", first), ("eos", last)):
         asked = files.config.get(f"add_{key}_token")
-        if framed is not None:
-            pairs[f"tokenizer.ggml.add_{key}_token"] = framed in ids and ids[framed] == found.get(key)
-        elif isinstance(asked, bool) or not is_spm:  # SentencePiece's custom is BOS: that is the reader's default
+        if text:
+            pairs[f"tokenizer.ggml.add_{key}_token"] = text in ids and ids[text] == found.get(key)
+        elif isinstance(asked, bool) or frame or not is_spm:  # nothing at all: the reader's default, SentencePiece's custom
             pairs[f"tokenizer.ggml.add_{key}_token"] = asked is True
     return pairs
 
@@ -238,27 +239,22 @@ def _end_ids(files: TokenizerFiles) -> list[int]:
     return ends
 
 
-def _frame(tokenizer: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """The special tokens that the post-processor puts first and last; '': none, None: it does not say."""
+def _frame(tokenizer: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The special tokens that the post-processor puts first and last, '' for none; None: there is no post-processor."""
     post = tokenizer.get("post_processor")
     if not isinstance(post, dict):
-        return None, None
-    first = last = None
+        return None
+    first = last = ""
     for step in post.get("processors") or [post]:
-        if not isinstance(step, dict):
-            continue
-        single = step.get("single") or []
-        if step.get("type") == "ByteLevel":
-            first, last = first or "", last or ""
-        elif step.get("type") == "TemplateProcessing" and len(single) > 1:
+        single = step.get("single") if isinstance(step, dict) else None
+        if isinstance(single, list) and len(single) > 1:
             first, last = _template_token(single[0]) or first, _template_token(single[-1]) or last
     return first, last
 
 
-def _template_token(step: object) -> str | None:
+def _template_token(step: object) -> str:
     special = step.get("SpecialToken") if isinstance(step, dict) else None
-    text = special.get("id") if isinstance(special, dict) else None
-    return text if isinstance(text, str) else None
+    return _text(special.get("id")) if isinstance(special, dict) else ""
 
 
 def _template(files: TokenizerFiles) -> dict[str, object]:
