@@ -156,9 +156,16 @@ def bit_planes(blocks: NDArray[np.uint8]) -> U16:
 
     A plane has weight 2i in bit i, 2i + 1 in bit 8 + i.
     """
-    even_odd = np.stack([blocks[..., 0::2], blocks[..., 1::2]], axis=-2)
-    v = even_odd.view(np.uint64)
+    planes = _transposed(blocks[..., 1::2]).astype(np.uint16)
+    planes <<= 8
+    planes |= _transposed(blocks[..., 0::2])
+    return planes
+
+
+def _transposed(part: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Bit i of byte k → bit k of byte i, [.., 8]: three swaps of bits in numbers of 64."""
+    v = np.ascontiguousarray(part).view(np.uint64)
     for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0)):
         swap = (v ^ (v >> np.uint64(shift))) & np.uint64(mask)
         v ^= swap ^ (swap << np.uint64(shift))
-    return np.ascontiguousarray(even_odd.swapaxes(-1, -2)).view(np.uint16)[..., 0]
+    return v.view(np.uint8)
