@@ -1,4 +1,4 @@
-# make demo · make test · make check · make bench · make shaders: each does all the set-up it needs; a second call is quick.
+# make demo · make test · make check · make bench · make shaders · make exactness: each does all the set-up it needs; a second call is quick.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do command -v $$p >/dev/null && \
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard vkllm/vk/native/*)
 MODEL ?= tiny
 
-.PHONY: demo test check bench shaders setup clean
+.PHONY: demo test check bench shaders exactness setup clean
 
 demo: .venv/run.stamp
 	$(BIN)/vkllm run tiny -p "Once upon a time" -n 120
@@ -25,6 +25,9 @@ bench: .venv/run.stamp
 
 shaders: .venv/run.stamp
 	$(BIN)/vkllm shaders build/shaders
+
+exactness: .venv/oracle.stamp
+	$(BIN)/python tools/exactness.py
 
 setup: .venv/test.stamp .venv/check.stamp
 
@@ -46,6 +49,11 @@ setup: .venv/test.stamp .venv/check.stamp
 
 .venv/check.stamp: .venv/test.stamp
 	$(PIP) install "ruff>=0.6" "mypy>=1.11"
+	@touch $@
+
+# The oracles: several GB where pip finds no CPU build of torch; llama-cpp-python is compiled (10 minutes on 2 cores).
+.venv/oracle.stamp: .venv/test.stamp
+	$(PIP) install "torch>=2.2" "transformers>=5" "onnx>=1.17" "onnxscript>=0.2" "onnxruntime>=1.20" "llama-cpp-python>=0.3.16"
 	@touch $@
 
 clean:
