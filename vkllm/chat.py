@@ -1,12 +1,13 @@
 """Chat templates: messages to a prompt. Templates come with model files, so they run in Jinja2's immutable sandbox.
 
-The helpers (raise_exception, strftime_now, tojson, loop controls) are those that Hugging Face's templates expect.
+The helpers (raise_exception, strftime_now, tojson, loop controls) are those that Hugging Face's templates expect. The sandbox
+keeps a template from reaching out, not from taking its time: where that matters, render in a child (`vkllm.serve.render`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cache, lru_cache
 from typing import Any, NoReturn
@@ -22,7 +23,10 @@ from vkllm.errors import ConfigError, RequestError
 from vkllm.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-MAX_REPEAT = 100_000
+Renderer = Callable[[Sequence[Message]], str]
+"""Messages to the prompt for the answer that follows them."""
+
+MAX_REPEAT, MAX_INDENT = 100_000, 100
 
 
 class _Generation(Extension):
@@ -56,9 +60,17 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """JSON as it is, without the HTML escapes of Jinja2's own filter."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+    if indent is not None and not (isinstance(indent, int) and indent <= MAX_INDENT):
+        raise jinja2.TemplateError(f"the sandbox refuses an indent of {indent!r}")
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @cache
@@ -74,6 +86,11 @@ def _compiled(template: str) -> jinja2.Template:
     return _environment().from_string(template)
 
 
+def no_template() -> ConfigError:
+    """The error for a model that cannot chat."""
+    return ConfigError("the model has no chat template", hint="use `vkllm run`, or an instruction-tuned model")
+
+
 def render(
     template: str | None,
     messages: Sequence[Message],
@@ -82,54 +99,55 @@ def render(
     bos_token: str = "",
     eos_token: str = "",
     tools: Sequence[Mapping[str, Any]] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> str:
-    """The prompt of a conversation. `messages`: {"role": "system" | "user" | "assistant" ..., "content": text}.
+    """The prompt of a conversation. `messages`: {"role": "system" | "user" | "assistant" ..., "content": text}; the arguments of
+    tool calls are objects, not text. `options`: a template's own variables, such as Qwen3's enable_thinking.
 
     Raises: ConfigError: the model has no template; RequestError: bad messages, or the template fails or refuses them.
     """
     if not template:
-        raise ConfigError("the model has no chat template", hint="use `vkllm run`, or an instruction-tuned model")
+        raise no_template()
     if not messages or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
         raise RequestError(
             "messages must be a list of objects with a role", hint='for example [{"role": "user", "content": "Hi"}]'
         )
     values = {"messages": messages, "tools": tools, "bos_token": bos_token, "eos_token": eos_token}
     try:
-        return _compiled(template).render(values, add_generation_prompt=add_generation_prompt)
+        return _compiled(template).render({**(options or {}), **values}, add_generation_prompt=add_generation_prompt)
     except jinja2.TemplateError as e:
         raise RequestError(f"chat template: {e}", hint="check roles and their order against the model's template") from e
     except Exception as e:  # a template may raise whatever its expressions raise
         raise RequestError(f"chat template: {type(e).__name__}: {e}", hint="check the content of the messages") from e
 
 
-def encode(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool = True,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-) -> list[int]:
-    """Token ids of a conversation: rendered, special tokens parsed, and BOS first where the model wants it (but once)."""
-    text = render(
-        tokenizer.chat_template,
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        tools=tools,
-    )
-    ids = tokenizer.encode(text, add_special=False, parse_special=True)
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Token ids of a rendered conversation: special tokens parsed, and BOS first where the model wants it (but once)."""
+    ids = tokenizer.encode(prompt, add_special=False, parse_special=True)
     bos = tokenizer.bos_id
     return [bos, *ids] if tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
 
 
-class Conversation:
-    """A chat with one user: `ask` gives the prompt's ids, `answered` takes the model's text."""
+def renderer(tokenizer: Tokenizer) -> Renderer:
+    """`render` with the model's template and tokens, in this process."""
 
-    def __init__(self, tokenizer: Tokenizer, system: str | None = None) -> None:
+    def of_model(messages: Sequence[Message]) -> str:
+        t = tokenizer
+        return render(t.chat_template, messages, bos_token=t.bos_token, eos_token=t.eos_token)
+
+    return of_model
+
+
+class Conversation:
+    """A chat with one user: `ask` gives the prompt's ids, `answered` takes the model's text.
+
+    `render`: what applies the template, by default `renderer(tokenizer)`, which takes as long as the template likes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, system: str | None = None, render: Renderer | None = None) -> None:
         if not tokenizer.chat_template:
-            render(tokenizer.chat_template, [])  # raises, with the hint
-        self._tokenizer = tokenizer
+            raise no_template()
+        self._tokenizer, self._render = tokenizer, render or renderer(tokenizer)
         self._opening = [{"role": "system", "content": system}] if system else []
         self.messages: list[Message] = list(self._opening)
 
@@ -138,7 +156,7 @@ class Conversation:
         if self.messages and self.messages[-1]["role"] == "user":
             self.messages.pop()
         self.messages.append({"role": "user", "content": text})
-        return encode(self._tokenizer, self.messages)
+        return prompt_ids(self._tokenizer, self._render(self.messages))
 
     def answered(self, text: str) -> None:
         """The model's answer to the last question."""

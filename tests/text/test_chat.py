@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from vkllm.chat import Conversation, encode, render
+from vkllm.chat import Conversation, prompt_ids, render, renderer
+from vkllm.cli import app
 from vkllm.errors import ConfigError, RequestError
 from vkllm.tokenizer import Tokenizer
 from vkllm.vocab.bpe import BYTE_OF
@@ -73,6 +76,16 @@ def test_helpers(template: str, expected: str) -> None:
         ("{{ 9 ** 999999999 }}", "refuses"),
         ("{% for i in range(10000000000) %}{% endfor %}", "chat template"),
         ("{% include '/etc/passwd' %}", "chat template"),
+        ("{% import 'os' as os %}", "chat template"),
+        ("{{ messages[0].update({'role': 'x'}) }}", "unsafe"),
+        ("{{ messages.sort() }}", "unsafe"),
+        ("{{ messages.pop() }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__.os.system('id') }}", "unsafe"),
+        ("{{ lipsum.__globals__['os'] }}", "unsafe"),
+        ("{{ '{0.__class__.__mro__}'.format(1) }}", "unsafe"),
+        ("{{ self._TemplateReference__context.eval_ctx }}", "unsafe"),
+        ("{{ [1]|tojson(indent=1000000000) }}", "refuses"),
+        ("{{ [1]|tojson(default=range) }}", "TypeError"),
     ],
 )
 def test_a_failing_or_hostile_template_is_a_request_error(template: str, message: str) -> None:
@@ -95,12 +108,57 @@ def test_without_a_template() -> None:
 
 
 def test_ids_have_special_tokens_and_one_bos() -> None:
+    def encode(t: Tokenizer) -> list[int]:
+        return prompt_ids(t, renderer(t)(USER))
+
     t = tokenizer()
-    ids = encode(t, USER)
+    ids = encode(t)
     assert ids[0] == 256 and ids.count(256) == 2 and ids.count(257) == 1
     assert t.decode(ids, skip_special=False) == render(CHATML, USER)
-    assert encode(tokenizer(add_bos=True), USER) == [258, *ids]
-    assert encode(tokenizer("{{ bos_token }}" + CHATML, add_bos=True), USER) == [258, *ids]
+    assert encode(tokenizer(add_bos=True)) == [258, *ids]
+    assert encode(tokenizer("{{ bos_token }}" + CHATML, add_bos=True)) == [258, *ids]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception.__globals__ }}",
+        "{{ strftime_now.__code__ }}",
+        "{{ (messages|first)|attr('__class__') }}",
+        "{{ messages|map(attribute='__class__')|first }}",
+        "{{ messages|groupby('__class__')|length - 1 or '' }}",
+    ],
+)
+def test_what_the_sandbox_hides_is_undefined(template: str) -> None:
+    assert render(template, USER) == ""
+
+
+def test_the_caller_s_messages_stay_as_they_are() -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    template = "{% set m = messages[0] %}{% set m = {'role': 'x'} %}{% set messages = [] %}{{ m.role }}"
+    assert render(template, messages) == "x" and messages == [{"role": "user", "content": "Hi"}]
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_vkllm_chat_outlives_an_endless_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine:
+        tokenizer = tokenizer("{% if messages[0].content == 'evil' %}" + ENDLESS + "{% else %}" + CHATML + "{% endif %}")
+        config, device = SimpleNamespace(name="fake"), SimpleNamespace(info=SimpleNamespace(name="none"))
+
+        def __enter__(self) -> Engine:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def stream(self, ids: list[int], _: object) -> list[object]:
+            return [SimpleNamespace(text=self.tokenizer.decode(ids), result=None)]
+
+    monkeypatch.setattr("vkllm.engine.LLMEngine.init_model", lambda *_: Engine())
+    result = CliRunner().invoke(app, ["chat", "hostile.gguf"], input="evil\ngood\n")
+    assert "gave no prompt within" in result.stderr and result.exit_code == 0
+    assert "good" in result.stdout
 
 
 def test_conversation() -> None:

@@ -6,6 +6,7 @@ The child (`python -m vkllm.serve.render`) reads one JSON object a line and answ
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -112,7 +113,8 @@ def _answer(request: Mapping[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    """The child: answers until its input ends."""
+    """The child: answers until its input ends. Ctrl-C is for the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         import resource
 
