@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/oracle", "tests/shaders/test_matmul.py", "tests/eval", "tests/text", "tests/engine/test_architectures.py")
 HEAD = """# Exactness: what was proved, against which oracle, with which figure
 
-Made by `make exactness` on {day}; do not edit. Oracles are programs that others wrote. A figure at or below its limit is proved; NMSE
-is |ours - theirs|² / |theirs|². Logits keep a distance of about 1e-6 from oracles in f32 because keys and values are cached in f16.
+Made by `make exactness` on {day}; do not edit. Oracles are programs that others wrote. A figure at or below its limit is proved;
+NMSE is |ours - theirs|² / |theirs|². Logits keep about 1e-6 from oracles in f32 because keys and values are cached in f16.
 """
 
 

@@ -16,7 +16,7 @@ from vkllm.reference import ReferenceExecutor
 from vkllm.vk import Device
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from random_models import Shape, write_model  # noqa: E402
+from random_models import Shape, write_model
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="pip install vkllm[oracle]")
 
