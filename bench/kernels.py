@@ -29,6 +29,8 @@ def random_rows(fmt: str, n_row: int, n_col: int) -> np.ndarray:
             return np.ascontiguousarray(values.view(np.uint16)[:, 1::2]).view(np.uint8)
         return values.astype(np.float16 if fmt == "F16" else np.float32).view(np.uint8)
     blocks = rng.integers(0, 60, (n_row, n_col // f.block, f.block_bytes), dtype=np.uint8)
+    if fmt == "MXFP4":
+        blocks[..., 0] += 90  # exponents
     return blocks.reshape(n_row, -1)
 
 
