@@ -72,7 +72,7 @@ function complain(failure) {
   again.type = "button";
   box.append(words);
   if (failure.again) box.append(again);
-  again.addEventListener("click", () => { if (!running) { box.remove(); reply(); } });
+  again.addEventListener("click", () => { if (!running && messages.at(-1)?.role === "user") { box.remove(); reply(); } });
   $("log").append(box);
   toEnd();
   if (failure.wait) countDown(again, failure.wait);
@@ -130,9 +130,9 @@ async function* events(response) {
 }
 
 function said(result) {
-  const n = result.usage?.completion_tokens, parts = [];
-  if (n) parts.push(`${n} tokens`);
-  if (n > 1 && result.last > result.first) parts.push(`${((n - 1) / (result.last - result.first) * 1000).toFixed(1)} tok/s`);
+  const n = result.usage?.completion_tokens, seconds = (result.last - result.first) / 1000, parts = [];
+  if (n) parts.push(n === 1 ? "1 token" : `${n} tokens`);
+  if (n > 8 && seconds > 0.1) parts.push(`${((n - 1) / seconds).toFixed(1)} tok/s`);
   if (result.usage?.prompt_tokens_details?.cached_tokens) parts.push(`${result.usage.prompt_tokens_details.cached_tokens} of the prompt from the cache`);
   if (result.reason === "length") parts.push("cut off at the most tokens");
   if (result.stopped) parts.push("stopped");

@@ -12,7 +12,7 @@ const GRAPHS = [
   {name: "rate", title: "Throughput", field: "tok_s", unit: "tok/s", digits: 1, range: high => [0, round(high)]},
 ];
 
-let samples = [], latest = null, cursor = null;
+let samples = [], latest = null, cursor = null, wake = () => {};
 
 // --- drawing ------------------------------------------------------------------------------------------------------------------
 
@@ -67,9 +67,10 @@ function draw(graph, report) {
   const last = values.at(-1) ?? null;
   graph.svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
   graph.svg.setAttribute("aria-label", `${graph.title} over the last ten minutes; now ${told(graph, last)}`);
+  graph.svg.classList.toggle("empty", !present.length);
   if (!present.length) {
-    graph.output.textContent = "–";
-    graph.svg.replaceChildren(shape("text", {x: width / 2, y: HEIGHT / 2, "text-anchor": "middle"}, "the device does not tell"));
+    graph.output.textContent = "not told by the device";
+    graph.output.className = "past";
     return;
   }
   const [low, high] = graph.range(Math.max(...present), report, Math.min(...present));
@@ -158,15 +159,18 @@ function state(name) {
   $("state").textContent = name;
 }
 
+// Why there is nothing new to see; "": there is.
 function quiet(text) {
   $("live-note").textContent = text;
   $("live-note").hidden = !text;
+  $("live").classList.toggle("stale", text !== "");
 }
 
 function take(report) {
   if (samples.length && report.now_s < samples.at(-1).time_s) samples = []; // another boot of the machine
   samples = [...samples, ...report.history].filter(s => s.time_s > report.now_s - SPAN_S);
   latest = report;
+  $("graphs").hidden = $("facts").hidden = false;
   quiet("");
   drawAll();
   facts(report);
@@ -177,9 +181,9 @@ async function poll() {
   let wait = EVERY_MS;
   try {
     const health = await (await fetch("health")).json();
-    page.model = health.model;
-    $("model").textContent = health.model;
-    document.title = `${health.model} · vkllm`;
+    page.model = health.model ?? page.model; // while a model is loaded, there is none
+    $("model").textContent = page.model;
+    document.title = page.model ? `${page.model} · vkllm` : "vkllm";
     state(health.status);
     const since = samples.length ? `?since=${samples.at(-1).time_s}` : "";
     const response = await fetch("v1/homeostasis" + since, {headers: page.headers()});
@@ -190,15 +194,16 @@ async function poll() {
     }
   } catch {
     state("unreachable");
+    quiet("The server cannot be reached.");
     $("brief").textContent = "";
     wait = PATIENCE_MS;
   }
-  await new Promise(done => setTimeout(done, wait));
+  await new Promise(done => { wake = done; setTimeout(done, wait); });
   if (document.hidden) await new Promise(done => document.addEventListener("visibilitychange", done, {once: true}));
   poll();
 }
 
 GRAPHS.forEach(build);
 new ResizeObserver(drawAll).observe($("graphs"));
-$("key").addEventListener("change", () => { samples = []; });
+$("key").addEventListener("change", () => wake());
 poll();
