@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -101,10 +102,12 @@ def _attention(row_lanes: int, chunk_lanes: int) -> Iterator[Entry]:
             if head_dim == 64:
                 yield f"attention_partial_{spec.name}", partial(attention.partial, spec)
                 yield f"attention_combine_{spec.name}", partial(attention.combine, spec)
-    for lanes, schedule in ((row_lanes, "lane_row"), (chunk_lanes, "lane_chunk")):
-        everything = AttentionSpec(64, 2, 32, lanes, 512, schedule, 0, 2, "q8_0", 0.1, 50.0, windowed=True, sinks=True)  # type: ignore[arg-type]
+    everything = AttentionSpec(
+        64, 2, lanes=row_lanes, subgroups=2, cache="q8_0", scale=0.1, softcap=50.0, windowed=True, sinks=True
+    )
+    for spec in (everything, replace(everything, lanes=chunk_lanes, schedule="lane_chunk")):
         for make in (attention.direct, attention.partial, attention.combine):
-            yield f"attention_{make.__name__}_{everything.name}", partial(make, everything)
+            yield f"attention_{make.__name__}_{spec.name}", partial(make, spec)
 
 
 def _heads(row_lanes: int, chunk_lanes: int) -> Iterator[Entry]:

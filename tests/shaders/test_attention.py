@@ -218,6 +218,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "q8_0": {"cache": "q8_0"},
     "all": {"scale": 0.2, "softcap": 3.0, "windowed": True, "sinks": True, "cache": "q8_0"},
 }
+ALL_BUT_CACHE: dict[str, Any] = {"softcap": 20.0, "windowed": True, "sinks": True}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -235,7 +236,7 @@ def test_variants(schedule: Any, variant: str) -> None:
     [(256, 1, "f16"), (256, 1, "q8_0"), (128, 2, "q8_0"), (96, 1, "q8_0"), (32, 3, "q8_0"), (80, 2, "f16")],
 )
 def test_head_sizes_with_everything(schedule: Any, head_dim: int, group: int, cache: Any) -> None:
-    spec = AttentionSpec(head_dim, group, 32, lanes(), 64, schedule, 0, 2, cache, 0.06, 20.0, windowed=True, sinks=True)
+    spec = AttentionSpec(head_dim, group, lanes=lanes(), split=64, schedule=schedule, subgroups=2, cache=cache, **ALL_BUT_CACHE)
     check_direct(spec, 2, [1, 33, 0, 100], window=50, interpreted=False)
     check_split(spec, 1, [50, 130], window=70)
 
@@ -244,7 +245,7 @@ def test_head_sizes_with_everything(schedule: Any, head_dim: int, group: int, ca
 @pytest.mark.parametrize(("head_dim", "cache"), [(64, "q8_0"), (32, "q8_0"), (160, "q8_0"), (80, "f16")])
 def test_variants_in_subgroups_of_other_devices(lanes: int, head_dim: int, cache: Any) -> None:
     for schedule in SCHEDULES:
-        spec = AttentionSpec(head_dim, 2, 32, lanes, 64, schedule, 0, 2, cache, None, 20.0, True, True)  # type: ignore[arg-type]
+        spec = AttentionSpec(head_dim, 2, lanes=lanes, split=64, schedule=schedule, subgroups=2, cache=cache, **ALL_BUT_CACHE)
         check_direct(spec, 1, [31, 90, 0], window=37, on_device=False, interpreted=True, subgroup_size=lanes)
 
 
@@ -295,7 +296,7 @@ def test_sinks_far_off(schedule: Any, sink: float) -> None:
 def test_a_non_finite_value_is_not_hidden_by_a_cap_or_a_scale(schedule: Any, damage: float, where: str) -> None:
     if where == "sinks" and damage == np.inf:
         pytest.skip("an infinite sink takes all: zeros are right")
-    spec = AttentionSpec(64, 1, 32, lanes(), 64, schedule, 0, 4, "q8_0", None, 30.0, windowed=True, sinks=True)
+    spec = AttentionSpec(64, 1, lanes=lanes(), split=64, schedule=schedule, cache="q8_0", **ALL_BUT_CACHE)
     inputs = case(spec, 1, [40])
     inputs["q"] = np.ones_like(inputs["q"])
     if where == "sinks":
