@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -312,3 +312,40 @@ def test_an_unknown_structure_is_refused_by_the_tokenizer() -> None:
     found = read(changed(lambda t: t.update(pre_tokenizer=sequence(split("[a-z]+"), PLAIN)), byte_level()), 300)
     with pytest.raises(UnsupportedModelError, match=r"unknown: \[a-z\]\+"):
         Tokenizer.from_gguf({f"tokenizer.ggml.{k}": v for k, v in found.items()})
+
+
+def as_tokenizer_json(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A GGUF vocabulary as transformers would have saved it: scores as merges, in the order of its SentencePiece converter."""
+    tokens, types = list(meta["tokenizer.ggml.tokens"]), [int(t) for t in meta["tokenizer.ggml.token_type"]]
+    ours = [i for i, kind in enumerate(types) if kind not in (NORMAL, BYTE) and not tokens[i].startswith("[PAD")]
+    added = [special(i, tokens[i], types[i] != USER_DEFINED) for i in ours]
+    vocab = {text: i for i, text in enumerate(tokens) if types[i] in (NORMAL, BYTE)}
+    if meta["tokenizer.ggml.model"] == "gpt2":
+        splits = PRE_TOKENIZERS[meta["tokenizer.ggml.pre"]]
+        model = {"vocab": vocab, "merges": meta["tokenizer.ggml.merges"], "ignore_merges": splits.ignore_merges}
+        return {"model": model, "added_tokens": added, "pre_tokenizer": sequence(*map(split, splits.splits), PLAIN)}
+    scores = meta["tokenizer.ggml.scores"]
+    cuts = ((text[:i], text[i:]) for text in vocab for i in range(1, len(text)))
+    merges = [[left, right] for left, right in cuts if left in vocab and right in vocab]
+    merges.sort(key=lambda m: (-scores[vocab[m[0] + m[1]]], len(m[0]), len(m[1])))
+    return spm_tokenizer() | {"model": {"vocab": vocab, "merges": merges, "byte_fallback": True}, "added_tokens": added}
+
+
+@pytest.mark.parametrize("name", ["llama-spm", "phi-3", "llama-bpe", "qwen2", "gpt-2"])
+def test_real_vocabularies(shared_data: Path, name: str) -> None:
+    """Tokens, types, and the ids of llama.cpp's own test texts survive the way through tokenizer.json."""
+    path = shared_data / "vocab" / f"ggml-vocab-{name}.gguf"
+    with open_model(path) as file:
+        theirs = dict(file.metadata)
+    found = metadata(files(as_tokenizer_json(theirs), config={"unk_token": "<unk>"}), len(theirs["tokenizer.ggml.tokens"]))
+    kinds = [
+        (ours, int(t)) for ours, t in zip(found["tokenizer.ggml.token_type"], theirs["tokenizer.ggml.token_type"], strict=True)
+    ]  # type: ignore[call-overload]
+    assert {pair for pair in kinds if pair[0] != pair[1]} <= {
+        (CONTROL, USER_DEFINED),
+        (UNUSED, UNKNOWN),
+    }  # by their looks; padding
+    tokenizer = Tokenizer.from_gguf(found)
+    texts = Path(f"{path}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    for text, line in zip(texts, Path(f"{path}.out").read_text().split("\n"), strict=False):
+        assert tokenizer.encode(text, add_special=False) == [int(i) for i in line.split()], text

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from vkllm.files.huggingface.json_file import Fields
 from vkllm.vocab.special import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from vkllm.vocab.spm import SPACE
 
+_PAIR = re.compile("[^ ]+ [^ ]+")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)
 N_CHECKED = 4096  # tokens whose splits are looked at
@@ -111,19 +112,21 @@ def _byte_level(root: Fields, model: Fields) -> dict[str, object]:
         if kind not in ("NFC", "Sequence"):  # llama.cpp too leaves the composition of accents to the text
             raise UnsupportedModelError(f"tokenizer.json: normalizer {kind} is not supported", hint="use another model")
     name = pre_tokenizers.name(pre, ignore_merges=model.flag("ignore_merges", False))
-    merges = [f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}" for left, right in _merges(model)]
+    merges = [m if type(m) is str and _PAIR.fullmatch(m) else " ".join(_without_spaces(_pair(m))) for m in model.items("merges")]
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges}
 
 
-def _merges(model: Fields) -> list[tuple[str, str]]:
-    """Pairs in their order: given as lists of two, or as text with a space between."""
-    pairs: list[tuple[str, str]] = []
-    for merge in model.items("merges"):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) and p for p in pair):
-            raise FileFormatError(f"tokenizer.json: merge {str(merge)[:60]!r} is no pair of tokens", hint=_HINT)
-        pairs.append((pair[0], pair[1]))
-    return pairs
+def _without_spaces(parts: Iterable[str]) -> Iterable[str]:
+    """Tokens with the stand-in for a space: a merge's text has a space between its two."""
+    return (part.replace(" ", "Ġ") for part in parts)
+
+
+def _pair(merge: object) -> list[str]:
+    """The two tokens of a merge: given as a list, or as text with a space between."""
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
+        raise FileFormatError(f"tokenizer.json: merge {str(merge)[:60]!r} is no pair of tokens", hint=_HINT)
+    return pair
 
 
 def _kinds(part: Mapping[str, Any]) -> list[str]:
@@ -160,7 +163,7 @@ def _scores(model: Fields, vocab: Mapping[int, str], types: list[int]) -> list[f
     Only for normal tokens; 0 for bytes and control tokens, low ones for the rest, as in files from llama.cpp.
     """
     rank: dict[str, int] = {}
-    merges = _merges(model)
+    merges = [_pair(merge) for merge in model.items("merges")]
     for left, right in merges:
         rank.setdefault(left + right, len(rank))
     _check_splits(merges, rank, model.fields("vocab").pairs)
@@ -171,9 +174,9 @@ def _scores(model: Fields, vocab: Mapping[int, str], types: list[int]) -> list[f
     return scores
 
 
-def _check_splits(merges: Sequence[tuple[str, str]], rank: Mapping[str, int], vocab: Mapping[str, int]) -> None:
+def _check_splits(merges: Sequence[Sequence[str]], rank: Mapping[str, int], vocab: Mapping[str, int]) -> None:
     """Merges made from scores list every way to split a token in two; those of a vocabulary that was trained as BPE do not."""
-    listed = set(merges)
+    listed = {(left, right) for left, right in merges}
     for text in itertools.islice(rank, N_CHECKED):
         for i in range(1, len(text)):
             if text[:i] in vocab and text[i:] in vocab and (text[:i], text[i:]) not in listed:
