@@ -26,6 +26,7 @@ from vkllm.errors import (
     ContextTooLongError,
     DeviceError,
     NonFiniteError,
+    OutOfDeviceMemoryError,
     RequestError,
     ThermalLimitError,
     VkllmError,
@@ -321,6 +322,8 @@ class BatchEngine:
             chunks = self.scheduler.plan(limit) if self._streams and limit != 0 else []
             self._note()
             if not chunks:
+                if not self._streams:
+                    self.scheduler.n_row = self.engine.chain.capacity
                 self._news.wait(STOPPED_POLL_S if limit == 0 else None)
                 continue
             started = time.perf_counter()
@@ -375,6 +378,9 @@ class BatchEngine:
             else:
                 self._end(self._by_row[chunks[0].sequence], BatchEvent(error=error), "error")
             return
+        except OutOfDeviceMemoryError as error:
+            self._shrink(chunks, error)
+            return
         self.scheduler.computed(chunks)
         self.stats.steps += 1
         self.stats.rows += sum(c.n_token for c in chunks)
@@ -390,6 +396,16 @@ class BatchEngine:
                 self._advance(stream, int(output.tokens[i]), None if logits is None else logits[i])
             except VkllmError as error:  # impossible sampling parameters, a broken grammar
                 self._end(stream, BatchEvent(error=error), "error")
+
+    def _shrink(self, chunks: list[Chunk], error: OutOfDeviceMemoryError) -> None:
+        """There is no memory for a step of this size: smaller ones, until nothing runs. Of one row: its request ends."""
+        n_row = sum(c.n_token for c in chunks)
+        if n_row > 1:
+            self.scheduler.n_row = n_row // 2
+            log.warning("no device memory for a step of %d rows; at most %d from now on", n_row, n_row // 2)
+            return
+        text = f"the device has no memory left for this request: {error.message}"
+        self._end(self._by_row[chunks[0].sequence], BatchEvent(error=CapacityError(text, hint="try again later")), "error")
 
     def _embed(self, chunks: list[Chunk]) -> None:
         """Add up the normed hidden states of the prompts that want an embedding."""

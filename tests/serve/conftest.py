@@ -1,10 +1,16 @@
-"""A real server on 127.0.0.1 with the packaged model, in threads of this process."""
+"""Real servers on 127.0.0.1 with the packaged model: one in threads of this process, others as processes of their own."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +73,51 @@ def server(session_server: Running) -> Iterator[Running]:
     """The server; after each test nothing may be left in it."""
     yield session_server
     session_server.quiet()
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A server process, and the file that it logs to."""
+
+    process: subprocess.Popen[bytes]
+    file: Path
+    url: str = ""
+
+    def log(self) -> str:
+        """What it has logged up to now."""
+        return self.file.read_text()
+
+    def wait_for_log(self, pattern: str) -> str:
+        """Wait until the log holds it, up to two minutes; returns the match."""
+        for _ in range(12_000):
+            if found := re.search(pattern, self.log()):
+                return found[0]
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.01)
+        raise AssertionError(self.log())
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Callable[..., AbstractContextManager[Serving]]:
+    """`with serving("--option", …) as server`: a process on a free port, killed at the end."""
+
+    @contextmanager
+    def start(*options: str) -> Iterator[Serving]:
+        for needed in NEEDED:
+            pytest.importorskip(needed, reason=f"{needed} is not installed")
+        command = [sys.executable, "-m", "vkllm", "serve", "tiny", "--port", "0", "--n-ctx", "256", "--parallel", "2", *options]
+        file = tmp_path / f"log-{time.monotonic_ns()}"
+        with file.open("wb") as log:
+            process = subprocess.Popen(command, stderr=log)
+        watchdog = threading.Timer(120, process.kill)
+        watchdog.start()
+        try:
+            url = Serving(process, file).wait_for_log(r"http://127\.0\.0\.1:\d+")
+            yield Serving(process, file, url)
+        finally:
+            watchdog.cancel()
+            process.kill()
+            process.wait()
+
+    return start

@@ -42,8 +42,43 @@ def test_two_prompts_and_a_cancellation(server: Any, single: LLMEngine) -> None:
     server.quiet()  # the client left: nothing runs any more
 
 
-def test_the_key(server: Any) -> None:
+def test_the_key_and_the_page_that_opens_it(server: Any) -> None:
     from websockets.exceptions import InvalidStatus
 
     with pytest.raises(InvalidStatus):
         connect(server, "wrong")
+    url, key = f"{server.url.replace('http', 'ws')}/v1/stream", {"Authorization": f"Bearer {server.key}"}
+    with pytest.raises(InvalidStatus):
+        client.connect(url, additional_headers=key, origin="http://evil.example")
+    with client.connect(url, additional_headers=key, origin=server.url):
+        pass
+
+
+def test_limits(session_server: Any) -> None:
+    """Messages are as long as bodies of HTTP; every prompt counts for the rate; who asks for nothing is let go."""
+    from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK
+
+    from vkllm.serve.app import create_app
+    from vkllm.serve.metrics import Metrics
+    from vkllm.serve.options import Address, ServerOptions
+    from vkllm.serve.server import Server
+
+    options = ServerOptions("tiny", max_body=4096, rate=5, idle_s=0.3)
+    running = Server(create_app(session_server.batch, options, Metrics()), Address(port=0), stop_s=5.0, max_message=4096)
+    running.start()
+    url = f"ws://127.0.0.1:{running.port}/v1/stream"
+    try:
+        with client.connect(url) as ws:
+            for i in range(5):
+                ws.send(json.dumps({"id": str(i), "request": SHORT | {"max_tokens": 1}}))
+            ended = [said for said in (json.loads(ws.recv(timeout=60)) for _ in range(10)) if "finish_reason" in said]
+            assert len(ended) == 5
+            ws.send(json.dumps({"id": "x", "request": SHORT}))
+            assert json.loads(ws.recv(timeout=60))["error"]["code"] == "rate_limit_exceeded"
+            with pytest.raises(ConnectionClosedOK):
+                ws.recv(timeout=60)
+        with client.connect(url) as ws, pytest.raises(ConnectionClosedError, match="1009"):
+            ws.send("x" * 5000)
+            ws.recv(timeout=60)
+    finally:
+        running.stop()

@@ -93,6 +93,9 @@ class Gate:
                 await JSONResponse(error.body, error.status, error.headers)(scope, watched, noted)
                 return
             await self._app(scope, self._bounded(watched), noted)
+        except Exception:  # a bug of ours, which has been logged
+            if not ended:
+                raise
         finally:
             call.close()
 

@@ -31,8 +31,8 @@ Events = AsyncIterator[tuple[int, BatchEvent]]
 
 async def begin(host: ModelHost, call: Call, asked: Asked | EmbeddingRequest, request: Request | None) -> tuple[Served, Run]:
     """Lease the model and submit the jobs of a request; both end with the call. Raises: ApiError, VkllmError: it is refused."""
-    call.note(model=asked.model, stream=bool(getattr(asked, "stream", False)))
     served = call.stack.enter_context(host.lease())
+    call.note(model=served.model_id, stream=bool(getattr(asked, "stream", False)))
     served.check_model(asked.model)
     if isinstance(asked, EmbeddingRequest):
         call.note_text(prompt=asked.input)

@@ -194,6 +194,7 @@ def paced(
         log.info("holding %s at %g °C (%s)", sensor.name, config.target_c, config.mode)
     mode = config.mode if sensor is not None else "off"
     pacer = HomeostasisPacer(sensor, replace(config, mode=mode, max_batch=engine.chain.capacity))
+    del engine  # a reload may close it long before we end
     try:
         with power_limited(sensor, watts):
             yield pacer
