@@ -130,6 +130,29 @@ def test_a_discrete_device_gets_no_other_ones_sensor(tree: Path, tmp_path: Path)
     assert open_hwmon("cpu", None, root=tmp_path / "nothing") is None
 
 
+def test_a_cpu_counts_energy_elsewhere(tree: Path) -> None:
+    clock = Clock()
+    zones = {"0": ("package-0", 100), "0:0": ("core", 70), "1": ("package-1", 50), "2": ("psys", 500)}
+    for number, (name, joules) in zones.items():
+        zone = tree.parent / "powercap" / f"intel-rapl:{number}"
+        zone.mkdir(parents=True)
+        (zone / "name").write_text(f"{name}\n")
+        (zone / "energy_uj").write_text(f"{joules * 1_000_000}\n")
+    sensor = open_hwmon("cpu", None, root=tree, clock=clock)
+    first = sensor.read() if sensor else None
+    assert sensor and first and first.energy_j == 150.0 and first.power_w is None
+    clock.now += 2
+    (tree.parent / "powercap" / "intel-rapl:1" / "energy_uj").write_text("90000000\n")
+    second = sensor.read()
+    assert second and second.power_w == pytest.approx(20.0)
+    (tree.parent / "powercap" / "intel-rapl:1" / "energy_uj").write_text("denied\n")
+    third = sensor.read()
+    assert third and third.energy_j is None, "half a sum is none"
+    discrete = open_hwmon("discrete", BUS, root=tree)
+    reading = discrete.read() if discrete else None
+    assert reading and reading.energy_j is None, "a card's energy is not the CPU's"
+
+
 def test_two_packages(tmp_path: Path) -> None:
     files = {"temp1_label": "Package id 0", "temp1_input": 50000, "temp9_label": "Package id 1", "temp9_input": 90000}
     folder = chip(tmp_path, 0, "coretemp", files)

@@ -119,7 +119,15 @@ def test_matched_by_uuid() -> None:
 
 @pytest.mark.parametrize(
     ("bits", "expected"),
-    [(0x1, set()), (0x4, {"power_cap"}), (0x8, {"thermal"}), (0x60, {"thermal"}), (0x84, {"power_brake", "power_cap"})],
+    [
+        (0x1, set()),
+        (0x4, {"power_cap"}),
+        (0x8, {"thermal"}),
+        (0x60, {"thermal"}),
+        (0x84, {"power_brake", "power_cap"}),
+        (0x88, {"power_brake"}),
+        (0xC8, {"power_brake", "thermal"}),
+    ],
 )
 def test_throttle_reasons(bits: int, expected: set[str]) -> None:
     nvml = FakeNvml("nvmlDeviceGetCurrentClocksEventReasons")  # an older driver

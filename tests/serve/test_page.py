@@ -300,12 +300,12 @@ def test_the_key_stays_in_the_tab(page: Page) -> None:
     page.driver.execute_script("sessionStorage.clear()")
 
 
-def test_the_page_asks_nobody_else(site: str) -> None:
+def test_the_page_needs_no_key_and_asks_nobody_else(session_server: Any) -> None:
     httpx = pytest.importorskip("httpx", reason="httpx is not installed")
     from vkllm.serve.page import FILES
 
     for path in FILES:
-        reply = httpx.get(site.rstrip("/") + path)
+        reply = httpx.get(session_server.url + path)
         policy = reply.headers["Content-Security-Policy"]
         assert reply.status_code == 200 and "unsafe" not in policy and policy.startswith("default-src 'none'")
         links = [line for line in reply.text.splitlines() if "://" in line and "www.w3.org" not in line]

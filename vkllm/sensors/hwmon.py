@@ -3,8 +3,9 @@
 Attributes (Documentation/hwmon/sysfs-interface in the kernel tree): temp*_input, _crit, _emergency, _max in m°C; power*_average,
 _input, _cap, _max in µW; energy*_input in µJ. What a file does not hold (missing, EAGAIN of a sleeping GPU, rubbish) is None.
 
-The sustained power limit is power1_cap of amdgpu and nouveau. Of Intel's drivers it is power1_max (PL1), where 0 means "none";
-their power1_cap is the limit of bursts (PL2). Channel 1 is the card, channel 2 its package: the first that tells something.
+The sustained power limit is power1_cap of amdgpu, power1_max of nouveau. Of Intel's drivers it is power1_max (PL1), where 0
+means "none"; their power1_cap is the limit of bursts (PL2). Channel 1 is the card, channel 2 its package: the first that tells
+something. CPUs tell no power here, but count energy in /sys/class/powercap (RAPL), which many systems let only root read.
 """
 
 from __future__ import annotations
@@ -48,13 +49,14 @@ class Channel:
 
 
 class HwmonSensor:
-    """One hwmon folder."""
+    """One hwmon folder. `packages`: files that count a CPU's energy in µJ, where the folder tells no power."""
 
-    def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic, packages: tuple[Path, ...] = ()) -> None:
         self.folder, self.name = folder, f"hwmon {_text(folder / 'name')}"
         self.channels = channels(folder)
         self._clock = clock
-        self._power, self._energy, self._limit = _rail(folder)
+        self._power, energy, self._limit = _rail(folder)
+        self._energies = (energy,) if energy else () if self._power else packages
         self._last: tuple[float, float] | None = None  # time, energy: power of drivers that tell only energy
 
     def read(self) -> Reading | None:
@@ -67,8 +69,8 @@ class HwmonSensor:
         }
         if not found:
             return None
-        energy = _number(self._energy) if self._energy else None
-        joules = energy / 1e6 if energy is not None else None
+        counted = [n for file in self._energies if (n := _number(file)) is not None]
+        joules = sum(counted) / 1e6 if counted and len(counted) == len(self._energies) else None
         power = _number(self._power) if self._power else None
         watts = power / 1e6 if power is not None else self._from_energy(now, joules)
         limit = _number(self._limit) if self._limit else None
@@ -118,13 +120,16 @@ def open_hwmon(
     kind: str, pci_bus: str | None, *, root: Path | None = None, clock: Callable[[], float] = time.monotonic
 ) -> HwmonSensor | None:
     """The hwmon folder of the PCI device, or of the CPU for a device of kind "cpu" (and "integrated" that has none itself)."""
-    folders = sorted((root or ROOT).glob("hwmon*"), key=lambda f: int("0" + re.sub(r"\D", "", f.name)))
+    root = root or ROOT
+    packages: tuple[Path, ...] = ()
+    folders = sorted(root.glob("hwmon*"), key=lambda f: int("0" + re.sub(r"\D", "", f.name)))
     found = [f for f in folders if pci_bus is not None and _pci_address(f) == pci_bus.lower()]
     if not found and kind in ("cpu", "integrated"):
         ranked = [(CPU_DRIVERS.index(name), i, f) for i, f in enumerate(folders) if (name := _text(f / "name")) in CPU_DRIVERS]
         found = [f for _, _, f in sorted(ranked)]
+        packages = _packages(root.parent / "powercap")
     for folder in found:
-        sensor = HwmonSensor(folder, clock)
+        sensor = HwmonSensor(folder, clock, packages)
         if sensor.channels:
             return sensor
     return None
@@ -163,6 +168,12 @@ def _rail(folder: Path) -> tuple[Path | None, Path | None, Path | None]:
             return power, energy, limit
         with_limit = with_limit or limit
     return None, None, with_limit
+
+
+def _packages(powercap: Path) -> tuple[Path, ...]:
+    """The energy counters of a machine's CPU packages that may be read. ("psys" counts the whole platform.)"""
+    zones = [zone for zone in sorted(powercap.glob("intel-rapl:*")) if _text(zone / "name").startswith("package")]
+    return tuple(file for zone in zones if _number(file := zone / "energy_uj") is not None)
 
 
 def _first(folder: Path, *names: str) -> Path | None:

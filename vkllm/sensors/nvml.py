@@ -20,12 +20,13 @@ from vkllm.sensors import WITHOUT_LIMIT
 
 log = logging.getLogger("vkllm.sensors")
 
+HW_SLOWDOWN, THERMAL, POWER_BRAKE = 0x08, 0x60, 0x80
 REASONS: tuple[tuple[int, Throttle], ...] = (  # nvmlClocksEventReasons in nvml.h
     (0x04, "power_cap"),  # software power cap: how a card at its limit runs
-    (0x08, "thermal"),  # hardware slowdown: heat, power brake or a fast trigger
+    (HW_SLOWDOWN, "thermal"),  # heat, power brake or a fast trigger
     (0x20, "thermal"),  # software thermal slowdown
     (0x40, "thermal"),  # hardware thermal slowdown
-    (0x80, "power_brake"),
+    (POWER_BRAKE, "power_brake"),
 )
 
 
@@ -93,10 +94,15 @@ class NvmlSensor:
         return float(value) if value > 0 else None
 
     def _throttle(self) -> frozenset[Throttle]:
+        """The reasons now. "Hardware slowdown" stands for heat, unless the driver says that it is the power brake."""
         bits = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
         if not isinstance(bits, int):
             bits = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons")
-        return frozenset(name for bit, name in REASONS if bits & bit) if isinstance(bits, int) else frozenset()
+        if not isinstance(bits, int):
+            return frozenset()
+        if bits & POWER_BRAKE and not bits & THERMAL:
+            bits &= ~HW_SLOWDOWN
+        return frozenset(name for bit, name in REASONS if bits & bit)
 
     @contextmanager
     def power_limit(self, watts: float) -> Iterator[None]:

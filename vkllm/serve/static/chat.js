@@ -146,6 +146,7 @@ async function reply() {
   const draw = () => { const follow = atEnd(); drawn = 0; render(body, result.text); if (follow) toEnd(); };
   running = new AbortController();
   box.classList.add("running");
+  box.setAttribute("aria-busy", "true"); // it is read out when it is complete
   sending(true);
   try {
     const response = await fetch("v1/chat/completions", {
@@ -177,6 +178,7 @@ async function reply() {
   draw();
   running = null;
   box.classList.remove("running");
+  box.removeAttribute("aria-busy");
   sending(false);
   if (result.text || !failure && !result.stopped) {
     messages.push({role: "assistant", content: result.text});
