@@ -14,7 +14,7 @@ from pathlib import Path
 from vkllm_codegen import Kernel
 from vkllm_shaders import attention, embed, experts, matmul, rmsnorm, rope, sample, softmax
 from vkllm_shaders.attention import AttentionSpec
-from vkllm_shaders.experts import RouteSpec
+from vkllm_shaders.experts import RouteSpec, TileSpec
 from vkllm_shaders.formats import FORMATS, Layout
 from vkllm_shaders.heads import HeadSpec, heads
 from vkllm_shaders.matmul import MatmulSpec
@@ -122,6 +122,7 @@ def _heads(row_lanes: int, chunk_lanes: int) -> Iterator[Entry]:
 def _experts(row_lanes: int, chunk_lanes: int) -> Iterator[Entry]:
     for spec in (RouteSpec(128, 8, "used", row_lanes), RouteSpec(60, 4, "all", chunk_lanes)):
         yield f"route_{spec.n_used}_of_{spec.n_expert}", partial(experts.route, spec)
+    yield "tiles_of_experts", partial(experts.tiles, TileSpec(128, lanes=row_lanes))
     yield from ((f"combine_{kind}", partial(experts.combine, 8, kind)) for kind in ("lane_row", "lane_chunk"))
 
 

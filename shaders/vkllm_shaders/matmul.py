@@ -47,6 +47,7 @@ from vkllm_codegen import (
 )  # fmt: skip
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.formats import SLOTS, Format, Layout, StepWeights, format_of
+from vkllm_shaders.quantize import SCALE_ROWS
 
 DEQUANTIZE_TOKENS = 3
 NO_SLOT = 0xFFFFFFFF
@@ -72,8 +73,10 @@ class MatmulSpec:
     fmt: ggml type; layout: how the weights are packed; tile: tokens a workgroup; norm, bias, epilogue: what is fused;
     activations: "f32" or "int8"; gather: x row i is params[5 T + i]; large: w comes through a texel view, which
     reaches further than a storage buffer (lane_row always does so); experts: w holds several matrices of equal shape, one behind
-    the other, and each row of y names the one that it wants; scale, softcap (0: none): of the product, before it is
-    stored or added: softcap * tanh(y * scale / softcap); rope_pairing, head_dim: for "qkv";
+    the other, and each row of y names the one that it wants (tile > 1: each tile of rows, see experts.tiles);
+    quantized: x comes in 8 bits, see quantize.py;
+    scale, softcap (0: none): of the product, before it is stored or added: softcap * tanh(y * scale / softcap);
+    rope_pairing, head_dim: for "qkv";
     subgroup, subgroups: size and number of subgroups a workgroup of lane_chunk (lane_row: layout.lanes, one).
     """
 
@@ -87,6 +90,7 @@ class MatmulSpec:
     gather: bool = False
     large: bool = False
     experts: bool = False
+    quantized: bool = False
     scale: float = 1.0
     softcap: float = 0.0
     rope_pairing: str = "interleaved"
@@ -97,10 +101,15 @@ class MatmulSpec:
     def __post_init__(self) -> None:
         if self.tile not in range(1, 17):
             raise KernelError(f"matmul with a tile of {self.tile} tokens", hint="expected 1 … 16")
-        if self.experts and (self.tile > 1 or self.gather or self.epilogue in ("residual", "qkv")):
+        if self.experts and (self.gather or self.epilogue in ("residual", "qkv")):
             raise KernelError(
-                f"experts with tile {self.tile}, gather {self.gather}, {self.epilogue}",
-                hint="expected a tile of 1, no gather, and an epilogue that stores",
+                f"experts with gather {self.gather}, {self.epilogue}", hint="expected no gather, and an epilogue that stores"
+            )
+        plain = self.activations == "int8" and self.on_lavapipe and self.tile <= SCALE_ROWS and format_of(self.fmt).n_sub
+        if self.quantized and (not plain or self.norm or self.gather or self.experts):
+            raise KernelError(
+                f"quantized x with {self.fmt}, {self.layout.kind}, tile {self.tile}, {self.activations}, norm {self.norm}",
+                hint=f"expected lane_row, int8, a type of blocks, a tile up to {SCALE_ROWS}, no norm, gather or experts",
             )
         if self.epilogue == "qkv" and (self.head_dim < 4 or self.head_dim % 4):
             raise KernelError(f"qkv with head_dim {self.head_dim}", hint="expected a multiple of 4")
@@ -109,6 +118,11 @@ class MatmulSpec:
     def paired(self) -> bool:
         """Does a lane hold its rows in pairs (see formats.row_order)?"""
         return self.epilogue in ("swiglu", "geglu", "swiglu_oai", "qkv")
+
+    @property
+    def in_tiles(self) -> bool:
+        """Are the rows of a tile those of one expert, as experts.tiles has put them together?"""
+        return self.experts and self.tile > 1
 
     @property
     def on_lavapipe(self) -> bool:
@@ -123,14 +137,15 @@ class MatmulSpec:
     def name(self) -> str:
         parts = ["matmul", self.fmt.lower(), self.layout.kind, f"s{self.lanes}", f"r{self.layout.rows}", f"t{self.tile}"]
         parts += [] if self.on_lavapipe else [f"n{self.subgroups}"]
-        parts += [word for word in ("norm", "bias", "gather", "large", "experts") if getattr(self, word)]
+        parts += [word for word in ("norm", "bias", "gather", "large", "experts", "quantized") if getattr(self, word)]
         parts += [self.epilogue] + ([f"{self.rope_pairing}{self.head_dim}"] if self.epilogue == "qkv" else [])
         parts += [f"scale{self.scale:.9g}"] if self.scale != 1.0 else []
         parts += [f"cap{self.softcap:.9g}"] if self.softcap else []
         return "_".join(parts + (["int8"] if self.activations == "int8" else []))
 
     def groups(self, n_packed_row: int, n_token: int) -> tuple[int, int, int]:
-        """Workgroups of a dispatch. `n_packed_row`: the length of the row order (of one expert); `n_token`: rows of y."""
+        """Workgroups of a dispatch. `n_packed_row`: the length of the row order (of one expert); `n_token`: rows of y, or of
+        all tiles where experts.tiles made them."""
         n_group = self.layout.n_group(n_packed_row)
         return (n_group if self.on_lavapipe else -(-n_group // self.subgroups)), -(-n_token // self.tile), 1
 
@@ -148,6 +163,8 @@ def push_constants(spec: MatmulSpec) -> dict[str, DType]:
 def _bindings(spec: MatmulSpec) -> dict[str, Binding]:
     bulk = texel if spec.on_lavapipe else read
     found: dict[str, Binding] = {"w": (texel if spec.large else bulk)(u32x4), "x": bulk(f32x4)}
+    if spec.quantized:
+        found |= {"x": texel(u32x4), "scales": texel(f32x4)}
     found |= {"norm_w": bulk(f32x4)} if spec.norm else {}
     found |= {"bias": read(f32)} if spec.bias else {}
     if spec.epilogue == "qkv":
@@ -156,6 +173,7 @@ def _bindings(spec: MatmulSpec) -> dict[str, Binding]:
         found |= {"y": readwrite(f32) if spec.epilogue == "residual" else write(f32)}
         found |= {"params": read(u32)} if spec.gather else {}
         found |= {"ids": read(u32)} if spec.experts else {}
+        found |= {"rows": read(u32)} if spec.in_tiles else {}
     return found
 
 
@@ -172,7 +190,8 @@ def matmul(spec: MatmulSpec) -> Kernel:
         y       f32 [n_token, y_stride]; "residual" adds to it; or, for "qkv":
         q       f32 [n_token, n_head * head_dim]; k, v: f16 [slots, n_kv_head, head_dim];
         rope    f32x4 texels of f32 [positions, head_dim / 2, 2]
-        ids     u32 [n_token]: for experts, the one of each row of y
+        ids     u32 [n_token]: for experts, the one of each row of y; or, for tiles, u32 [n_tile] the one of each tile, and
+        rows    u32 [n_tile, tile]: its rows of y; NO_SLOT for none, in both
         params  u32 [6, capacity]: for "qkv" (positions, slots) and for gather (output rows)
     Push: n_chunk: chunks a row (Format.n_chunk); n_group: row groups of w; x_stride: texels a row of x; n_token: rows to compute;
         n_row: rows of y that these weights make ("swiglu": of the gate; "qkv": of the parts together); first_row: y's first of
@@ -200,21 +219,33 @@ class _Body:
         self.lane = b.subgroup_lane()
         self.group = b.workgroup_id(0) if spec.on_lavapipe else b.workgroup_id(0) * spec.subgroups + b.subgroup_id()
         self.first_token = b.workgroup_id(1) * spec.tile
-        self.expert_group = bufs["ids"][self.first_token] * push["n_group"] if spec.experts else None
+        self.expert_group = self._find_expert() if spec.experts else None
         self.acc = [[b.var(f32, 0.0) for _ in range(self.rows)] for _ in range(self.tile)]
         self.squares = [b.var(f32, 0.0) for _ in range(self.tile)] if spec.norm else []
         # Memory could deliver large weights faster than the loop asks for them: touch the next chunk's cache lines, one a lane.
         # The largest half of a word seen is kept, so that the loads are.
         large = self.fmt.block_bytes >= self.fmt.block
         self.ahead = b.var(u32, 0) if spec.on_lavapipe and large and self.tile <= 2 else None
-        self.x_start = [self._x_row(t) * push["x_stride"] for t in range(self.tile)]
+        self.x_start = [self._x_row(t) * self.push["x_stride"] for t in range(self.tile)]
 
     def emit(self) -> None:
         (self._walk_rows if self.spec.on_lavapipe else self._walk_steps)()
         _Epilogue(self).emit()
 
+    def _find_expert(self) -> Value:
+        """The first row group of the expert's weights. A tile without one has no chunks to walk along."""
+        expert = self.bufs["ids"][self.b.workgroup_id(1)]
+        if self.spec.in_tiles:
+            self.push = self.push | {"n_chunk": self.b.select(expert == NO_SLOT, 0, self.push["n_chunk"])}
+            expert = self.b.select(expert == NO_SLOT, 0, expert)
+        return expert * self.push["n_group"]
+
+    def token(self, t: Value | int) -> Value:
+        """The row of y; not below n_token: none."""
+        return self.bufs["rows"][self.first_token + t] if self.spec.in_tiles else self.first_token + t
+
     def _x_row(self, t: int) -> Value:
-        token = self.b.min(self.first_token + t, self.push["n_token"] - 1)
+        token = self.b.min(self.token(t), self.push["n_token"] - 1)
         if self.spec.experts:
             return token // self.push["n_share"]
         return self.bufs["params"][self.push["capacity"] * 5 + token] if self.spec.gather else token
@@ -243,7 +274,8 @@ class _Body:
             def step(i: Value | int) -> None:
                 first = base + (i * n_body + n_head) * s
                 weights = StepWeights(f, b, heads.__getitem__, lambda j: w[first + j * s], self.rows, i)
-                self._step(weights, _LaneRowX(self, chunk * (f.chunk // 4), i))
+                x = _LaneRowQuantized if self.spec.quantized else _LaneRowX
+                self._step(weights, x(self, chunk * (f.chunk // 4), i))
 
             if f.steps == 1:
                 step(0)
@@ -539,6 +571,51 @@ class _LaneRowX(_X):
         return tree_sum([v[i] * v[i] for v in self.raw[t] for i in range(4)])
 
 
+class _LaneRowQuantized(_X):
+    """x comes in 8 bits (quantize.py): four slots (16 values, a texel) of a token lie in a lane, `lanes / 4` tokens in a load."""
+
+    def load(self) -> None:
+        body, b = self.body, self.b
+        place = self._index(body.lane % 4 * 4)  # of this lane's four slots, in words; every format keeps four slots together
+        self.per_load = body.spec.lanes // 4
+        self.words: list[list[Value]] = []
+        for first in range(0, body.tile, self.per_load):
+            token = b.min(body.first_token + b.min(body.lane // 4 + first, body.tile - 1), body.push["n_token"] - 1)
+            word = body.bufs["x"][token * body.push["x_stride"] + (place >> 2)]
+            self.words.append([word[i].bitcast(i32) for i in range(4)])
+        n_group = body.push["x_stride"] >> 1
+        self.scales = body.bufs["scales"][body.first_token // SCALE_ROWS * n_group + place // GROUP]
+        self.integers: dict[tuple[int, int, int], Value] = {}
+        self.totals: dict[tuple[int, tuple[int, ...], range], Value] = {}
+
+    def _own(self, load: int, word: int, comp: int) -> Value:
+        """i32: of this lane's slots, one component."""
+        key = load, word, comp
+        if key not in self.integers:
+            bits = self.words[load][word]
+            self.integers[key] = (bits if comp == 3 else bits << (24 - 8 * comp)) >> 24
+        return self.integers[key]
+
+    def _lane(self, t: int, slot: int) -> int:
+        return t % self.per_load * 4 + slot // 4
+
+    def scale(self, t: int, slot: int) -> Value:
+        return self.b.subgroup_shuffle(self.scales[t % SCALE_ROWS], slot // 4)
+
+    def integer(self, t: int, slot: int, comp: int) -> Value:
+        return self.b.subgroup_shuffle(self._own(t // self.per_load, slot % 4, comp), self._lane(t, slot))
+
+    def integer_total(self, t: int, slots: range, comps: range = range(4)) -> Value:
+        load, sums = t // self.per_load, []
+        for quad in dict.fromkeys(slot // 4 for slot in slots):
+            words = tuple(slot % 4 for slot in slots if slot // 4 == quad)
+            key = load, words, comps
+            if key not in self.totals:
+                self.totals[key] = tree_sum([self._own(load, word, comp) for word in words for comp in comps])
+            sums.append(self.b.subgroup_shuffle(self.totals[key], self._lane(t, quad * 4)))
+        return tree_sum(sums)
+
+
 class _LaneChunkX(_X):
     """A lane reads the x of its own step, a slot at a time."""
 
@@ -663,7 +740,7 @@ class _Epilogue:
     def _one(self, values: list[Value], packed: Value, t: Value | int, r: Value | int) -> None:
         """Finish one row or pair. `packed`: packed row of the first."""
         b, lanes = self.b, self.spec.layout.lanes
-        token = self.body.first_token + t
+        token = self.body.token(t)
         if not self.spec.paired:
             row = packed
         elif lanes == 1:

@@ -142,6 +142,18 @@ def route(logits: Array, n_used: int, over: str) -> tuple[NDArray[np.uint32], F6
     return ids.astype(np.uint32), softmax(np.take_along_axis(logits, ids, axis=-1))
 
 
+def tiles(ids: Array, tile: int, n_tile: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """The rows of each expert in ids [n_row], by `tile`: experts [n_tile] and rows [n_tile, tile], NO_ID where there is none."""
+    experts, rows = np.full(n_tile, NO_ID, np.uint32), np.full((n_tile, tile), NO_ID, np.uint32)
+    at = 0
+    for expert in np.unique(ids):
+        its = np.flatnonzero(ids == expert)
+        for i in range(0, len(its), tile):
+            experts[at], rows[at, : len(its[i : i + tile])] = expert, its[i : i + tile]
+            at += 1
+    return experts, rows
+
+
 def combine(y: Array, x: Array, weights: Array) -> F64:
     """y [n_token, n_col] plus the weighted [n_token, n_used] sum of x [n_token, n_used, n_col]."""
     return np.asarray(y + np.einsum("ts,tsn->tn", weights.astype(np.float64), x.astype(np.float64)))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders import reference
-from vkllm_shaders.experts import RouteSpec, combine, combine_groups, route
+from vkllm_shaders.experts import RouteSpec, TileSpec, combine, combine_groups, route, tiles
 
 sys.path.insert(0, str(Path(__file__).parent))
 from check import check_kernel, lanes
@@ -69,6 +69,31 @@ def test_counts_without_kernels_are_refused() -> None:
     for n_expert, n_used in ((257, 8), (64, 17), (4, 5), (4, 0)):
         with pytest.raises(KernelError, match=f"{n_used} of {n_expert} experts"):
             RouteSpec(n_expert, n_used)
+
+
+def check_tiles(ids: np.ndarray, spec: TileSpec, *, on_device: bool = True) -> None:
+    n_tile = spec.n_tile(len(ids)) + 2
+    experts, rows = reference.tiles(ids, spec.tile, n_tile)
+    buffers = {"ids": ids, "experts": np.full(n_tile, 7, np.uint32), "rows": np.full((n_tile, spec.tile), 9, np.uint32)}
+    rows[experts == reference.NO_ID] = 9
+    push = {"n_row": len(ids), "n_tile": n_tile}
+    size = spec.lanes
+    check_kernel(tiles(spec), {"experts": experts, "rows": rows}, buffers, push, on_device=on_device, subgroup_size=size)
+
+
+@pytest.mark.parametrize("n_expert, n_row, tile", [(1, 1, 4), (8, 7, 2), (9, 64, 4), (128, 517, 4), (256, 100, 8)])
+def test_tiles(n_expert: int, n_row: int, tile: int) -> None:
+    rng = np.random.default_rng(n_row)
+    ids = (rng.integers(0, n_expert, n_row) * rng.integers(0, 2, n_row)).astype(np.uint32)  # many rows of the first
+    check_tiles(ids, TileSpec(n_expert, tile, lanes()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), lane_count=st.sampled_from([4, 8, 32]), tile=st.sampled_from([2, 3, 4]))
+def test_tiles_hold_any_rows(data: st.DataObject, lane_count: int, tile: int) -> None:
+    n_expert = data.draw(st.integers(1, 40))
+    ids = data.draw(st.lists(st.integers(0, n_expert - 1), min_size=1, max_size=70))
+    check_tiles(np.array(ids, np.uint32), TileSpec(n_expert, tile, lane_count), on_device=False)
 
 
 @pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from vkllm_codegen.errors import KernelError
+from vkllm_shaders.experts import TileSpec
 from vkllm_shaders.formats import FORMATS, Layout, pack, pack_vector, packed_nbytes, row_order
 from vkllm_shaders.matmul import ALIGN_COLUMNS, MatmulSpec, matmul
+from vkllm_shaders.reference import tiles
 from vkllm_shaders.reference_matmul import dequantize, experts, linear, rmsnorm, rotate, swiglu, swiglu_oai
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -253,6 +255,11 @@ def check_experts(
         "ids": ids,
         "y": rng.standard_normal((n, n_row + 5)).astype(np.float32),
     }
+    n_tiled = n
+    if spec.in_tiles:
+        n_tile = TileSpec(n_expert, spec.tile).n_tile(n) + 1
+        buffers["ids"], buffers["rows"] = tiles(ids, spec.tile, n_tile)
+        n_tiled = n_tile * spec.tile
     if bias is not None:
         buffers["bias"] = np.concatenate([pack_vector(b.astype(np.float32), order) for b in bias])
     expected = buffers["y"].astype(np.float64)
@@ -266,7 +273,7 @@ def check_experts(
         {b.name: buffers[b.name] for b in kernel.bindings},
         {name: push[name] for name, _, _ in kernel.push},
         {},
-        spec.groups(len(order), n),
+        spec.groups(len(order), n_tiled),
         max_nmse=max_nmse,
         subgroup_size=None if spec.on_lavapipe else spec.subgroup,
     )
@@ -288,12 +295,25 @@ def test_experts(fmt: str, fused: dict[str, Any], sizes: tuple[int, ...], kind: 
     check_experts(spec_of(fmt, kind, experts=True, **fused), *sizes, x_per_slot="epilogue" not in fused)
 
 
+@pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])
+@pytest.mark.parametrize(
+    "fmt, tile, fused, sizes",
+    [
+        ("MXFP4", 4, {"epilogue": "swiglu_oai", "norm": True, "bias": True}, (5, 40, 96, 9, 2)),
+        ("Q8_0", 2, {"bias": True}, (40, 7, 64, 5, 3)),
+    ],
+    ids=str,
+)
+def test_tiles_of_experts(fmt: str, tile: int, fused: dict[str, Any], sizes: tuple[int, ...], kind: str) -> None:
+    check_experts(spec_of(fmt, kind, experts=True, tile=tile, **fused), *sizes, x_per_slot="epilogue" not in fused)
+
+
 def test_experts_with_int8_activations() -> None:
     spec = spec_of("Q4_K", "lane_row", experts=True, activations="int8")
     check_experts(spec, 6, 50, 512, 3, 2, x_per_slot=True, max_nmse=5e-5)
 
 
 def test_experts_are_only_where_they_can_be() -> None:
-    for fields in ({"tile": 2}, {"gather": True}, {"epilogue": "residual"}):
+    for fields in ({"gather": True}, {"epilogue": "residual"}):
         with pytest.raises(KernelError, match="experts"):
             MatmulSpec("Q8_0", experts=True, **fields)
