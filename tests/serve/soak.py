@@ -26,7 +26,7 @@ STOPS = (".", " the", "zebra")
 def job(client: Any, seed: int) -> tuple[dict[str, Any], str | None]:
     """One request of a random kind. Returns its body, and the text; None where the client left before the end."""
     dice = random.Random(seed)
-    prompt = SYSTEM * dice.randint(0, 3) + dice.choice(STARTS) + " saw" * dice.randint(0, 9)
+    prompt = SYSTEM * dice.randint(0, 2) + dice.choice(STARTS) + " saw" * dice.randint(0, 1)
     body: dict[str, Any] = {"model": "tiny", "prompt": prompt, "max_tokens": dice.randint(1, 40), "temperature": 0}
     leaves = dice.random() < 0.15
     body["stream"] = leaves or dice.random() < 0.5

@@ -1,54 +1,71 @@
-"""Many clients at once: every request gets the tokens that it gets alone, or ends as its client wanted, and nothing is left."""
+"""Many clients at once: every request gets the tokens that it gets alone, or ends as its client wanted, and nothing is left.
+
+`python tests/serve/soak.py` does the same for longer, in a process whose memory is measured.
+"""
 
 from __future__ import annotations
 
-import random
+import gc
+import importlib.util
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from vkllm import SamplingParams
+from vkllm import LLMEngine, SamplingParams
+from vkllm.batching import Handle, _Stream
 
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 
-SYSTEM = "There was a small dog who lived in a house near the river with a cat, a bird and an old fish. "
+
+def load(name: str) -> ModuleType:
+    """A script beside this file."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def job(server: Any, seed: int) -> tuple[str, int, str | None]:
-    """One request of a random kind: (prompt, tokens, text or None where the client left)."""
-    dice = random.Random(seed)
-    prompt = (
-        SYSTEM * dice.randint(0, 3) + dice.choice(("Once upon", "The cat", "One day the bird", "A")) + " saw" * dice.randint(0, 9)
-    )
-    n, stream, leaves = dice.randint(1, 40), dice.random() < 0.5, dice.random() < 0.15
-    body = {"model": "tiny", "prompt": prompt, "max_tokens": n, "temperature": 0, "stream": stream or leaves}
-    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {server.key}"}, timeout=120) as client:
-        if not body["stream"]:
-            reply = client.post("/v1/completions", json=body)
-            assert reply.status_code == 200, reply.text
-            return prompt, n, reply.json()["choices"][0]["text"]
-        text = ""
-        with client.stream("POST", "/v1/completions", json=body) as reply:
-            assert reply.status_code == 200
-            for i, line in enumerate(reply.iter_lines()):
-                if leaves and i > 4:
-                    return prompt, n, None
-                if line.startswith("data: {"):
-                    data = httpx.Response(200, content=line[6:]).json()
-                    text += "".join(c["text"] for c in data["choices"])
-        return prompt, n, text
+def alone(single: LLMEngine, bodies: list[dict[str, Any]]) -> dict[str, tuple[int, ...]]:
+    """The tokens after each prompt."""
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    return {prompt: single.generate_result(prompt, params).token_ids for prompt in {b["prompt"] for b in bodies}}
 
 
-def test_eight_clients_sixty_requests(server: Any, single: Any) -> None:
-    before = server.batch.stats.cached_tokens
-    with ThreadPoolExecutor(8) as clients:
-        found = list(clients.map(lambda seed: job(server, seed), range(60)))
+def expected(single: LLMEngine, ids: tuple[int, ...], body: dict[str, Any]) -> str:
+    """What a request must say."""
+    text = single.tokenizer.decode(ids[: body["max_tokens"]])
+    for stop in body.get("stop", ()):
+        text = text.partition(stop)[0]
+    return text
+
+
+def left() -> Counter[str]:
+    """What there is of the objects that each request has."""
+    from vkllm.serve.calls import Call
+    from vkllm.serve.runs import Run
+
+    gc.collect()
+    return Counter(type(o).__name__ for o in gc.get_objects() if type(o) in (Handle, _Stream, Run, Call))
+
+
+def test_thirty_two_clients(server: Any, single: LLMEngine) -> None:
+    soak, before, cached = load("soak"), left(), server.batch.stats.cached_tokens
+    with (
+        httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {server.key}"}, timeout=120) as client,
+        ThreadPoolExecutor(32) as clients,
+    ):
+        found = list(clients.map(lambda seed: soak.job(client, seed), range(160)))
     server.quiet()
-    assert server.batch.stats.cached_tokens > before
-    expected = {
-        (prompt, n): single.generate(prompt, SamplingParams(temperature=0.0, max_tokens=n)) for prompt, n, text in found if text
-    }
-    assert len(expected) > 30
-    for prompt, n, text in found:
-        assert text is None or text == "" or text == expected[prompt, n]
+    assert server.batch.stats.cached_tokens > cached
+    answered = [(body, text) for body, text in found if text is not None]
+    tokens = alone(single, [body for body, _ in answered])
+    assert 100 < len(answered) < 160 and len(tokens) > 15, "some have left, the others differ"
+    for body, text in answered:
+        assert text == expected(single, tokens[body["prompt"]], body), body
+    more = left() - before
+    assert sum(more.values()) < 20, f"requests that have ended are kept: {more}"
