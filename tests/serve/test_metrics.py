@@ -157,5 +157,8 @@ def test_without_a_sensor_nothing_is_held_but_tokens_are_counted(caplog: pytest.
         assert report["mode"] == "off" and report["sensor"] is None and report["history"][-1]["tok_s"] == 0.0
         assert {m.name for m in pacer.metrics()} >= {"duty", "thermal_trips"}
     assert "not paced" in caplog.text
-    with pytest.raises(DeviceError, match="no sensor"), paced(fake_engine(), HomeostasisConfig(), 100.0, find=lambda info: None):
+    with (
+        pytest.raises(DeviceError, match="cannot be set"),
+        paced(fake_engine(), HomeostasisConfig(), 100.0, find=lambda info: None),
+    ):
         pass

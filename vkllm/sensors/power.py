@@ -39,8 +39,11 @@ def power_limited(sensor: Sensor | None, watts: float | None) -> Iterator[None]:
     if not 0 < watts < 1e5:
         raise ConfigError(f"a power limit of {watts:g} W", "give watts, as in --power-limit 250")
     if not isinstance(sensor, Limitable):
-        found = f"{sensor.name} has no power limit" if sensor else "the device has no sensor (NVML or hwmon)"
-        raise DeviceError(f"{found} that can be set", WITHOUT_LIMIT)
+        if sensor is None:
+            raise DeviceError(
+                "neither NVML nor hwmon knows the device, so its power limit cannot be set", "leave --power-limit out"
+            )
+        raise DeviceError(f"{sensor.name} has no power limit that can be set", WITHOUT_LIMIT)
     with _signals_unwind(), sensor.power_limit(watts):
         log.info("the power limit of %s is %g W while we run", sensor.name, watts)
         yield
