@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vkllm.config import Activations, RuntimeConfig
+from vkllm.config import Activations, CacheType, RuntimeConfig
 
 if TYPE_CHECKING:
     from vkllm.evaluate import Difference
@@ -38,6 +38,7 @@ DeviceOption = Annotated[str | None, typer.Option("--device", help="Index or par
 ActivationsOption = Annotated[
     str, typer.Option(help="auto, f32 or int8: how matrix products see activations.", callback=_known_activations)
 ]
+CacheOption = Annotated[str, typer.Option("--cache-type", help="f16, or q8_0: the KV cache in about half the memory.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -48,6 +49,7 @@ def perplexity(
     chunks: ChunksOption = None,
     device: DeviceOption = None,
     activations: ActivationsOption = "auto",
+    cache_type: CacheOption = "f16",
     as_json: JsonOption = False,
 ) -> None:
     """Measure how well a model predicts a text, as llama-perplexity does; the lower the better."""
@@ -56,7 +58,7 @@ def perplexity(
     from vkllm.perplexity import perplexity as measure
 
     text = _text(file)
-    with LLMEngine.init_model(model, _runtime(device, n_ctx, activations, as_json)) as engine:
+    with LLMEngine.init_model(model, _runtime(device, n_ctx, activations, cache_type, not as_json)) as engine:
         parts = cut(engine.tokenizer, text, n_ctx, chunks)
         with _bar(as_json) as bar:
             task = bar.add_task("", total=len(parts.ids))
@@ -81,9 +83,13 @@ def eval_quant(
     chunks: ChunksOption = None,
     device: DeviceOption = None,
     activations: ActivationsOption = "auto",
+    cache_type: CacheOption = "f16",
     as_json: JsonOption = False,
 ) -> None:
-    """Compare a quantized model with its parent: KL divergence, agreement on the top token, perplexity."""
+    """Compare a quantized model with its parent: KL divergence, agreement on the top token, perplexity.
+
+    --activations and --cache-type are for the quantized model; the parent runs with f32 and f16.
+    """
     from vkllm.engine import LLMEngine
     from vkllm.evaluate import compare
     from vkllm.evaluate_plot import svg
@@ -91,8 +97,9 @@ def eval_quant(
 
     if plot is not None and not plot.parent.is_dir():
         raise typer.BadParameter(f"the folder {plot.parent} does not exist", param_hint="--plot")
-    text, runtime = _text(file or STORIES), _runtime(device, n_ctx, activations, as_json)
-    with LLMEngine.init_model(quantized, runtime) as small, LLMEngine.init_model(parent, runtime) as large:
+    text = _text(file or STORIES)
+    tested, exact = (_runtime(device, n_ctx, *how, not as_json) for how in ((activations, cache_type), ("f32", "f16")))
+    with LLMEngine.init_model(quantized, tested) as small, LLMEngine.init_model(parent, exact) as large:
         parts = cut(small.tokenizer, text, n_ctx, chunks)
         with _bar(as_json) as bar:
             task = bar.add_task("", total=len(parts.ids))
@@ -111,9 +118,14 @@ def _text(file: Path) -> str:
     return file.read_bytes().decode("utf-8", "replace")
 
 
-def _runtime(device: str | None, n_ctx: int, activations: str, as_json: bool) -> RuntimeConfig:
-    shown = not as_json and sys.stderr.isatty()
-    return RuntimeConfig(device=device, n_ctx=n_ctx, activations=cast(Activations, activations), progress=shown)
+def _runtime(device: str | None, n_ctx: int, activations: str, cache_type: str, shown: bool) -> RuntimeConfig:
+    return RuntimeConfig(
+        device=device,
+        n_ctx=n_ctx,
+        activations=cast(Activations, activations),
+        cache_type=cast(CacheType, cache_type),
+        progress=shown and sys.stderr.isatty(),
+    )
 
 
 def _bar(as_json: bool) -> Progress:

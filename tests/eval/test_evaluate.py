@@ -123,6 +123,8 @@ def test_the_command(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     assert 0 < report["kl_median"] < report["kl_mean"] < report["kl_p99"] <= report["kl_max"]
     assert report["quantized"]["n_token"] == 62
     assert "tiny-Q4_0.gguf against tiny" in (tmp_path / "kl.svg").read_text()
+    code, out, _ = command("eval-quant", "tiny", "tiny", *short, "--json", "--cache-type", "q8_0", "--activations", "f32")
+    assert 0 < json.loads(out)["kl_mean"] < report["kl_mean"] / 10  # the options reach the first model alone
     code, out, _ = command("eval-quant", *models, *short, "--text", str(STORIES))
     assert code == 0
     assert f"{report['same_top']:.3%}" in out

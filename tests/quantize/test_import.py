@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from vkllm.errors import ConfigError, FileFormatError, UnsupportedQuantError, Vk
 from vkllm.files import GGUFFile, open_model, packaged_models
 from vkllm.files.split import SplitGGUF
 from vkllm.files.writer import GGUFWriter, encode, raw_metadata
+from vkllm.quantize import convert as convert_module
 from vkllm.quantize.convert import Plan
 from vkllm.quantize.convert import write_model as convert
 from vkllm.quantize.mixes import FILE_TYPES, file_type
@@ -236,6 +238,24 @@ def test_memory_stays_small_beside_the_model(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert source.stat().st_size > 25e6
     assert peak < 8e6
+
+
+def test_a_slow_disk_holds_the_workers_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    big = Made("llama", 1, 4, 4, {"ffn_up.weight": (2048, 1024)}, {})
+    source, converted, far_ahead = write_model(tmp_path / "f16.gguf", big), convert_module._converted, threading.Event()
+    started: list[int] = []
+
+    def counted(*args: object) -> np.ndarray:
+        started.append(1)
+        if len(started) > 4:
+            far_ahead.set()
+        return converted(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(convert_module, "_converted", counted)
+    waits: list[bool] = []
+    run(source, tmp_path / "out.gguf", "Q8_0", threads=1, advance=lambda _: waits or waits.append(far_ahead.wait(0.5)))
+    assert waits == [False]  # while the first slab was written, the one worker did not start a fifth one
+    assert len(started) == 16
 
 
 def command(*args: str) -> tuple[int, str, str]:
