@@ -50,6 +50,7 @@ from vkllm_shaders.experts import combine as combine_experts
 from vkllm_shaders.formats import FORMATS, Layout, row_order
 from vkllm_shaders.heads import HeadSpec, heads
 from vkllm_shaders.matmul import MatmulSpec, best_tile, matmul
+from vkllm_shaders.quantize import SCALE_ROWS, quantize
 from vkllm_shaders.rmsnorm import rmsnorm_add
 from vkllm_shaders.sample import SampleSpec, argmax, top_k
 
@@ -134,6 +135,9 @@ class Lowering:
                 sizes |= {} if self._fused(op) else {"qkv": (n * self.stride("qkv") + ROW_ALIGN) * 4}
         if self.n_split > 1:
             sizes["partials"] = self._attention.scratch_nbytes(n, c.n_kv_head, self.n_split)
+        if self.activations == "int8":
+            widest = max(self.stride(op.x) for op in self.graph.ops if isinstance(op, Linear | Qkv))
+            sizes |= {"x.int8": n * widest, "x.scales": -(-n // SCALE_ROWS) * SCALE_ROWS * widest // 8}
         sizes |= dict.fromkeys(self.graph.ropes, self.n_ctx * c.rope_dim * 4)
         return sizes | {
             "block_table": self.runtime.n_seq * -(-self.n_ctx // self.runtime.block_size) * 4,  # shared blocks count for each
@@ -191,7 +195,7 @@ class Lowering:
         if isinstance(op, Attention):
             return self._attend(op, n_row)
         if isinstance(op, Linear):
-            return [self._linear(op, n_row, n_out)] if n_out or not op.gather else []
+            return [*self._quantize(op, n_row), self._linear(op, n_row, n_out)] if n_out or not op.gather else []
         if isinstance(op, NormAdd):
             return [self._norm_add(op, n_row)]
         if isinstance(op, Route):
@@ -246,6 +250,9 @@ class Lowering:
         n_group = matrix.layout.n_group(n_packed)
         push |= {"n_chunk": FORMATS[matrix.fmt].n_chunk(matrix.n_col), "n_group": n_group, "n_token": n_row}
         push |= {"n_col": matrix.n_col, "x_stride": self.stride(op.x) // 4, "eps": self.graph.config.rms_norm_eps}
+        if spec.quantized:
+            buffers |= {"x": "x.int8", "scales": "x.scales"}
+            push |= {"x_stride": self.stride(op.x) // 16}
         tiles = -(-n_row // spec.tile)
         bytes_a_us, macs_a_us = self._rate
         nbytes = matrix.nbytes * n_packed // len(matrix.order)
@@ -255,13 +262,14 @@ class Lowering:
     def _spec(
         self, op: Linear | Qkv | ExpertLinear, matrix: Matrix, epilogue: str, n_row: int, gather: bool = False
     ) -> MatmulSpec:
-        experts = isinstance(op, ExpertLinear)
+        experts, quantized = isinstance(op, ExpertLinear), self._quantized(op, matrix, n_row)
         return MatmulSpec(
             fmt=matrix.fmt,
             layout=self.layout,
             tile=1 if experts else best_tile(n_row),
             experts=experts,
-            norm=op.norm is not None,
+            quantized=quantized,
+            norm=op.norm is not None and not quantized,
             bias=any(part.bias for part in matrix.parts),
             epilogue=epilogue,  # type: ignore[arg-type]
             activations=self.activations,
@@ -273,6 +281,22 @@ class Lowering:
             head_dim=self.graph.config.head_dim if epilogue == "qkv" else 0,
             subgroup=self.lanes,
         )
+
+    def _quantized(self, op: Linear | Qkv | ExpertLinear, matrix: Matrix, n_row: int) -> bool:
+        """Does `op` read x in 8 bits from a dispatch of its own? Where many workgroups would quantize many rows again."""
+        gathers = isinstance(op, ExpertLinear) or (isinstance(op, Linear) and op.gather)
+        in_blocks = self.activations == "int8" and FORMATS[matrix.fmt].n_sub > 0
+        return in_blocks and self.layout.kind == "lane_row" and best_tile(n_row) >= SCALE_ROWS and not gathers
+
+    def _quantize(self, op: Linear | Qkv, n_row: int) -> list[Dispatch]:
+        """The dispatch that puts an op's x into 8 bits, if one of its matrices wants that."""
+        if not any(self._quantized(op, matrix, n_row) for matrix in self._by_op[op.name]):
+            return []
+        buffers = {"x": op.x, "norm_w": op.norm or "", "q": "x.int8", "scales": "x.scales"}
+        push: dict[str, int | float] = {"x_stride": self.stride(op.x) // 4, "n_texel": self.stride(op.x) // 4}
+        push |= {"n_col": op.parts[0].n_col, "eps": self.graph.config.rms_norm_eps}
+        kernel = self._kernels.get(quantize, op.norm is not None, self.lanes)
+        return [self._make(op, kernel, buffers, push, (n_row, 1, 1), 10.0 + n_row)]
 
     def _large(self, matrix: Matrix) -> bool:
         """Must the GPU schedule read this matrix through a texel view, because no storage buffer reaches that far?"""
@@ -287,7 +311,7 @@ class Lowering:
 
     def _qkv(self, op: Qkv, n_row: int) -> list[Dispatch]:
         """One dispatch for each type of matrix, and one for the heads where the matrix kernels cannot do their work."""
-        c, dispatches = self.graph.config, []
+        c, dispatches = self.graph.config, self._quantize(op, n_row)
         for matrix in self._by_op[op.name]:
             first = sum(p.n_row for p in op.parts[: op.parts.index(matrix.parts[0])])
             push: dict[str, int | float] = {"first_row": first, "n_row": matrix.n_row}

@@ -18,7 +18,9 @@ def groups(fmt: str, n_col: int, n_token: int) -> tuple[int, int, int]:
 
 @cache
 def embed(fmt: str, layout: Layout, large: bool = False, scale: float = 1.0) -> Kernel:
-    """x[t, :] = scale * row params[t] (the token id) of a matrix packed with row_order "store". Dispatch: groups(fmt, n_col, n_token).
+    """x[t, :] = scale * row params[t] (the token id) of a matrix packed with row_order "store".
+
+    Dispatch: groups(fmt, n_col, n_token).
 
     Bindings: w (u32x4; texel in lane_row or when `large`, storage in lane_chunk), params (u32), x (f32x4 [n_token, x_stride]).
     Push: n_chunk (chunks a row), x_stride (f32x4 a row of x). Columns past n_col, up to the chunk's end or x_stride, become zero.
