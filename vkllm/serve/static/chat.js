@@ -20,11 +20,17 @@ function element(tag, className = "", text = "") {
 // Fenced blocks, `code` and **bold**; everything else stays as it was written.
 function render(box, text) {
   const nodes = [];
-  text.split(/^(```[^\n]*\n[\s\S]*?(?:^```[ \t]*$|$(?![\s\S])))/m).forEach((part, i) => {
-    if (i % 2 === 0) return void nodes.push(...inline(part));
+  text.split(/^(```[^\n]*\n[\s\S]*?(?:^```[ \t]*$|$(?![\s\S])))/m).forEach((part, i, all) => {
+    if (i % 2 === 0) return void nodes.push(...inline(beside(part, i > 0, i + 1 < all.length)));
     nodes.push(block(part.replace(/^```[^\n]*\n/, "").replace(/\n?^```[ \t]*$(?![\s\S])/m, "")));
   });
   box.replaceChildren(...nodes);
+}
+
+// Text without the empty lines next to a block, which has its own margin.
+function beside(text, after, before) {
+  const start = after ? text.replace(/^\n+/, "") : text;
+  return before ? start.replace(/\n+$/, "") : start;
 }
 
 function inline(text) {
