@@ -15,6 +15,7 @@ PACKAGES = {"vkllm_codegen": ROOT / "codegen", "vkllm_shaders": ROOT / "shaders"
 # Parts of vkllm in the order in which data flows; each may import only those before it (and itself).
 STAGES = (
     *("errors", "debug", "config", "vocab", "files", "tokenizer", "chat", "quantize"),  # the file and the text
+    *("hub", "hub_cli"),  # models by name
     *("vk",),  # devices; the only part that loads the native module
     *("plan", "models", "expand", "weights", "rope", "packing", "kernel_cache", "schedule", "kernels", "memory"),  # the plan, and what it becomes
     *("kv_cache", "scheduler", "sampler", "homeostasis", "sensors", "simulate"),  # policies

@@ -27,6 +27,7 @@ from typer.core import TyperGroup
 from vkllm.config import Activations, CacheType, ModelConfig, RuntimeConfig
 from vkllm.errors import RequestError
 from vkllm.homeostasis_cli import app as homeostasis
+from vkllm.hub_cli import list_models, pull_model, pulled_model, remove_model
 from vkllm.import_cli import import_model
 from vkllm.perplexity_cli import eval_quant, perplexity
 from vkllm.serve.command import serve
@@ -86,7 +87,10 @@ def readable(text: str | None) -> str | None:
     return text and text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-Model = Annotated[str, typer.Argument(help="A GGUF file, or `tiny`, the model that comes with vkllm.")]
+Model = Annotated[
+    str,
+    typer.Argument(help="A GGUF file, a Hugging Face folder, a pulled model's name, or `tiny`.", callback=pulled_model),
+]
 Prompt = Annotated[str, typer.Option("-p", "--prompt", help="The text to continue.", callback=readable)]
 Tokens = Annotated[int, typer.Option("-n", "--max-tokens", min=0, help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option("--temp", min=0.0, help="0 is greedy.")]
@@ -464,6 +468,9 @@ def shaders(out: Annotated[Path, typer.Argument(help="Folder for .spv, .spvasm, 
 app.command()(serve)
 app.command()(soak)
 app.command("import")(import_model)
+app.command("pull")(pull_model)
+app.command("list")(list_models)
+app.command("rm")(remove_model)
 app.command()(perplexity)
 app.command("eval-quant")(eval_quant)
 app.add_typer(homeostasis, name="homeostasis")

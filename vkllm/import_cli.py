@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from vkllm.files import open_model
+from vkllm.hub_cli import pulled_model
 from vkllm.quantize.mixes import FILE_TYPES, file_type
 
 if TYPE_CHECKING:
@@ -24,7 +25,12 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def import_model(
-    source: Annotated[str, typer.Argument(help="A GGUF file, one part of a split one, or a Hugging Face folder.", metavar="SRC")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A GGUF file, a Hugging Face folder, or a pulled model's name.", metavar="SRC", callback=pulled_model
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="The GGUF file to write.", metavar="OUT")],
     kind: Annotated[str, typer.Option("--type", help=f"One of {', '.join(FILE_TYPES)}.")] = "Q4_K_M",
     force: Annotated[bool, typer.Option("--force", help="Replace OUT where it is there already.")] = False,

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vkllm.config import Activations, CacheType, RuntimeConfig
+from vkllm.hub_cli import pulled_model
 
 if TYPE_CHECKING:
     from vkllm.evaluate import Difference
@@ -43,7 +44,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 
 def perplexity(
-    model: Annotated[str, typer.Argument(help="A model, as for `vkllm run`.")],
+    model: Annotated[str, typer.Argument(help="A model, as for `vkllm run`.", callback=pulled_model)],
     file: Annotated[Path, typer.Argument(help="A text of at least one chunk.")],
     n_ctx: ContextOption = 512,
     chunks: ChunksOption = None,
@@ -75,8 +76,8 @@ def perplexity(
 
 
 def eval_quant(
-    quantized: Annotated[str, typer.Argument(help="The quantized model.")],
-    parent: Annotated[str, typer.Argument(help="The model that it was made of, in F16, BF16 or F32.")],
+    quantized: Annotated[str, typer.Argument(help="The quantized model.", callback=pulled_model)],
+    parent: Annotated[str, typer.Argument(help="The model that it was made of, in F16, BF16 or F32.", callback=pulled_model)],
     file: Annotated[Path | None, typer.Option("--text", help="A text; default: the stories that come with vkllm.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the divergences into this SVG file.")] = None,
     n_ctx: ContextOption = 512,

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from vkllm.config import RuntimeConfig
 from vkllm.homeostasis import HomeostasisConfig, Mode
+from vkllm.hub_cli import pulled_model
 
 if TYPE_CHECKING:
     from vkllm.soak import Moment, SoakFigures
@@ -42,7 +43,7 @@ SHOWN = (  # label, figure, format
 
 
 def soak(
-    model: Annotated[str, typer.Argument(help="A model file, or `tiny`, the model that comes with vkllm.")],
+    model: Annotated[str, typer.Argument(help="A model, as for `vkllm run`.", callback=pulled_model)],
     minutes: Annotated[float, typer.Option(min=0.01, help="Length of the run; 0.5 is half a minute.")] = 60.0,
     streams: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
     mode: Annotated[str, typer.Option(help="pi, ramp or off.")] = "pi",

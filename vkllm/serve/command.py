@@ -15,8 +15,9 @@ import typer
 from vkllm.config import CacheType, RuntimeConfig
 from vkllm.errors import ConfigError
 from vkllm.homeostasis import HomeostasisConfig, Mode
+from vkllm.hub_cli import pulled_model
 from vkllm.serve import logs
-from vkllm.serve.options import Address, ConnectionLimits, ServerOptions
+from vkllm.serve.options import Address, ConnectionLimits, ServerOptions, model_name
 from vkllm.serve.pacing import paced
 from vkllm.serve.server import Server
 
@@ -36,7 +37,9 @@ def key_from(given: str | None, file: Path | None) -> str | None:
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A GGUF file, or `tiny`, the model that comes with vkllm.")],
+    model: Annotated[
+        str, typer.Argument(help="A GGUF file, a Hugging Face folder, a pulled model's name, or `tiny`.", callback=pulled_model)
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
     api_key: Annotated[str | None, typer.Option(help="Clients must send it; also VKLLM_API_KEY.")] = None,
@@ -78,7 +81,7 @@ def serve(
     serve_model(
         runtime,
         Address(host, port),
-        ServerOptions(alias or Path(model).stem, key, max_body, rate, path=model, log_prompts=log_prompts),
+        ServerOptions(alias or model_name(model), key, max_body, rate, path=model, log_prompts=log_prompts),
         n_queue=queue,
         max_connections=max_connections,
         stop_s=stop_after,
@@ -126,7 +129,7 @@ def serve_model(
         pacer = stack.enter_context(paced(engine, pacing, watts))
 
         def load(path: str) -> BatchEngine:
-            return batched(LLMEngine.init_model(path, runtime), pacer, n_queue, metrics.observe)
+            return batched(LLMEngine.init_model(pulled_model(path), runtime), pacer, n_queue, metrics.observe)
 
         host = ModelHost(served(batched(engine, pacer, n_queue, metrics.observe), options), load)
         app = create_app(host, options, metrics)
