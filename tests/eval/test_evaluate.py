@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,7 +15,7 @@ from test_perplexity import N_CHUNK, N_CTX, command
 from vkllm.config import RuntimeConfig
 from vkllm.engine import LLMEngine
 from vkllm.errors import RequestError
-from vkllm.evaluate import Difference, Positions, compare, difference, kl_divergence
+from vkllm.evaluate import Difference, Positions, check_vocabularies, compare, difference, kl_divergence
 from vkllm.evaluate_plot import svg
 from vkllm.perplexity import Chunks, cut
 from vkllm.perplexity_cli import STORIES
@@ -62,6 +63,29 @@ def test_a_model_does_not_differ_from_itself() -> None:
     assert (found.kl_mean, found.kl_max, found.same_top) == (0.0, 0.0, 1.0)
     assert (found.ppl_delta, found.ppl_delta_error, found.p_shift_rms) == (0.0, 0.0, 0.0)
     assert len(at.kl) == found.quantized.n_token == N_CHUNK * 31
+
+
+def test_the_divergence_is_from_the_parent(tiny: Callable[[str], Path]) -> None:
+    runtime = RuntimeConfig(n_ctx=32, activations="f32")
+    with LLMEngine.init_model(tiny("Q4_0"), runtime) as small, LLMEngine.init_model("tiny", runtime) as large:
+        chunks = cut(small.tokenizer, STORIES.read_text(), 32, 1)
+        q, p = (engine.logits(chunks.inputs(0))[16:].astype(np.float64) for engine in (small, large))
+        found, at = compare(small, large, chunks)
+    log_q, log_p = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)) for logits in (q, p))
+    np.testing.assert_allclose(at.kl, (np.exp(log_p) * (log_p - log_q)).sum(axis=1), rtol=1e-3, atol=1e-9)
+    np.testing.assert_allclose(at.nll, -log_q[np.arange(15), chunks.targets(0)], rtol=1e-5, atol=1e-6)
+    assert found.ppl_delta == found.quantized.ppl - found.parent.ppl != 0.0
+
+
+@pytest.mark.parametrize(("tokens", "n_vocab"), [(["a", "c"], 2), (["a", "b"], 3)])
+def test_other_vocabularies_are_seen(tokens: list[str], n_vocab: int) -> None:
+    def engine(tokens: list[str], n_vocab: int) -> LLMEngine:
+        file = SimpleNamespace(metadata={"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens})
+        return SimpleNamespace(file=file, config=SimpleNamespace(n_vocab=n_vocab))  # type: ignore[return-value]
+
+    check_vocabularies(engine(["a", "b"], 2), engine(["a", "b"], 2))
+    with pytest.raises(RequestError, match="different vocabularies"):
+        check_vocabularies(engine(["a", "b"], 2), engine(tokens, n_vocab))
 
 
 def test_models_of_other_vocabularies_are_refused(shared_data: Path) -> None:

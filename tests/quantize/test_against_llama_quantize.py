@@ -21,6 +21,7 @@ from vkllm.quantize.convert import write_model as convert
 from vkllm.quantize.mixes import FILE_TYPES, Model, choose_types
 
 PEER = os.environ.get("VKLLM_LLAMA_QUANTIZE") or shutil.which("llama-quantize") or ""
+COMPLETION = Path(PEER).with_name("llama-completion") if PEER else Path()
 pinned = json.loads(PINS.read_text())
 
 
@@ -63,3 +64,11 @@ def test_whole_files_equal_those_of_the_llama_quantize_that_is_here(kind: str, t
     source, theirs = write_model(tmp_path / "f16.gguf", MODELS["edges"]), tmp_path / "theirs.gguf"
     subprocess.run([PEER, source, theirs, kind, "1"], check=True, capture_output=True)
     assert imported(source, kind, tmp_path / "ours.gguf").read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.skipif(not COMPLETION.is_file(), reason="llama-completion is not beside llama-quantize")
+def test_llama_cpp_runs_what_we_write(tmp_path: Path) -> None:
+    model = imported(packaged_models()["tiny"], "Q4_K_M", tmp_path / "q4.gguf")
+    command = [COMPLETION, "-m", model, "-p", "Once upon a time", "-n", "4", "--temp", "0", "-no-cnv", "-t", "2"]
+    done = subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, text=True, timeout=120)
+    assert "Once upon a time, there" in done.stdout
