@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,58 @@ def test_a_required_call_follows_the_schema(client: Any, choice: Any, stream: bo
     for free in ("auto", "none"):
         reply = client.chat.completions.create(**fields | {"tool_choice": free, "max_tokens": 4})
         assert reply.choices[0].message.content and not reply.choices[0].message.tool_calls
+
+
+class Script:
+    """A constraint that lets nothing pass but these tokens."""
+
+    def __init__(self, ids: list[int], n_vocab: int) -> None:
+        self._ids, self._n_vocab = list(ids), n_vocab
+
+    def allowed(self) -> Any:
+        return np.arange(self._n_vocab) == self._ids[0]
+
+    def accept(self, token_id: int) -> bool:
+        assert token_id == self._ids.pop(0)
+        return bool(self._ids)
+
+
+CALL = '{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}'
+
+
+@pytest.mark.parametrize(
+    ("said", "opening", "close"),
+    [
+        (f"Let me see. <tool_call>{CALL}</tool_call>", "<tool_call>", "</tool_call>"),
+        (f"Let me see. <|im_start|>[{CALL}]", "<|im_start|>", None),  # a control token, as Mistral's [TOOL_CALLS] is one
+        (CALL, None, None),
+    ],
+    ids=["hermes", "mistral", "llama"],
+)
+def test_a_call_that_the_model_makes_by_itself(
+    client: Any, single: Any, monkeypatch: Any, said: str, opening: str | None, close: str | None
+) -> None:
+    """`tiny` was taught no tools, so its words are put into its mouth: all from its tokens on is real."""
+    from vkllm.serve.models import Served
+    from vkllm.serve.tools import CallStyle
+
+    ids, jobs = single.tokenizer.encode(said, add_special=False, parse_special=True), Served.jobs
+    marks = frozenset(i for i in ids if single.tokenizer.is_control(i))
+
+    def scripted(self: Any, request: Any) -> Any:
+        monkeypatch.setattr(self, "style", CallStyle(opening, close, marks))
+        return [replace(job, constraint=Script(ids, single.tokenizer.n_vocab)) for job in jobs(self, request)]
+
+    monkeypatch.setattr(Served, "jobs", scripted)
+    fields: dict[str, Any] = {"model": "tiny", "messages": ASK, "tools": TOOLS, "tool_choice": "auto"}
+    whole = client.chat.completions.create(**fields).choices[0]
+    with client.chat.completions.stream(**fields) as events:
+        streamed = events.get_final_completion().choices[0]
+    for choice in (whole, streamed):
+        assert choice.finish_reason == "tool_calls"
+        assert (choice.message.content or "") == said[: said.find(opening) if opening else 0]
+        [call] = choice.message.tool_calls
+        assert call.id and call.function.name == "weather" and json.loads(call.function.arguments) == {"city": "Oslo", "days": 2}
 
 
 def test_completions_models_and_errors(client: Any, server: Any) -> None:

@@ -47,6 +47,7 @@ class Duplex:
     def __init__(self, ws: WebSocket, begin: Begin, rates: Rates, *, idle_s: float, log_prompts: bool = False) -> None:
         self._ws, self._begin, self._rates, self._idle_s, self._log_prompts = ws, begin, rates, idle_s, log_prompts
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._left = False
 
     async def serve(self) -> None:
         """Until the client leaves; what still runs then is cancelled."""
@@ -58,6 +59,7 @@ class Duplex:
         except (WebSocketDisconnect, KeyError, RuntimeError):  # it left, or sent bytes
             pass
         finally:
+            self._left = True
             for task in self._tasks.values():
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -93,7 +95,7 @@ class Duplex:
         try:
             await self._answer(name, fields, call)
         except asyncio.CancelledError:
-            call.error = "cancelled"
+            call.error, call.client_gone = "cancelled", self._left
             await self._fail(name, CancelledRequestError("the request was cancelled"))
         except (WebSocketDisconnect, RuntimeError):
             call.client_gone = True

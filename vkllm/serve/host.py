@@ -19,6 +19,7 @@ from vkllm.batching import BatchEngine, BatchStats
 from vkllm.errors import CapacityError, DeviceError, OutOfDeviceMemoryError, VkllmError
 from vkllm.kv_cache import BlockPool
 from vkllm.serve.models import Served
+from vkllm.serve.options import model_name
 from vkllm.serve.replies import ApiError
 
 log = logging.getLogger("vkllm.serve")
@@ -53,7 +54,7 @@ class ModelHost:
         self._task: asyncio.Task[Reloaded] | None = None
         self._closers: set[asyncio.Task[None]] = set()  # one for each model that is on its way out
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._load_s = first.batch.engine.load_s
+        self._load_s, self._stopping = first.batch.engine.load_s, False
         self._ended = BatchStats()  # the totals of models that are closed
 
     # -- for requests ---------------------------------------------------------------------------------------------------------
@@ -155,6 +156,8 @@ class ModelHost:
             self.current = None
             await old.idle.wait()
             await self._close(old)
+        if self._stopping:
+            raise LoadingError("the server stops")
         started = perf_counter()
         try:
             new = await asyncio.to_thread(self._loaded, path, name, self._last.template_s)
@@ -213,19 +216,15 @@ class ModelHost:
 
     async def close(self) -> None:
         """The server stops: wait for what loads, and close what we have loaded ourselves."""
+        self._stopping = True
+        for served in list(self._live):
+            served.idle.set()  # what still has a lease was cut off
         if self._task is not None:
             with suppress(Exception, asyncio.CancelledError):
                 await self._task
-        for served in list(self._live):
-            served.idle.set()  # what still has a lease was cut off
         await asyncio.gather(*self._closers)
         for served in list(self._live):
             await asyncio.to_thread(served.close if self._load else served.close_template)
-
-
-def model_name(path: str) -> str:
-    """The name that clients use for a model file, or a packaged model."""
-    return path.replace("\\", "/").rpartition("/")[2].removesuffix(".gguf")
 
 
 def failure(error: Exception, *, drained: bool) -> ApiError:

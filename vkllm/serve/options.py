@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +40,8 @@ class ServerOptions:
     idle_s: float = 300.0
     log_prompts: bool = False
     body_s: float = 60.0
+
+
+def model_name(path: str) -> str:
+    """The name that clients use for a model: of its file or folder, or the one that it goes by."""
+    return Path(path).name.removesuffix(".gguf")
