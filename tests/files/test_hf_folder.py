@@ -134,6 +134,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[VkllmError], str]] = {
         FileFormatError,
         "leads out of the folder",
     ),
+    "parent, and back": (lambda f: replace_all(f, f"../f/{SHARDS[0]}"), FileFormatError, "leads out of the folder"),
     "absolute": (lambda f: replace_all(f, str(outside(f))), FileFormatError, "leads out of the folder"),
     "absolute and inside": (lambda f: replace_all(f, str(f / SHARDS[0])), FileFormatError, "leads out of the folder"),
     "NUL": (lambda f: replace_all(f, "a\0b.safetensors"), FileFormatError, "cannot be followed"),

@@ -1,13 +1,15 @@
 """Every architecture against llama.cpp's own converter: random small models of transformers, tensors bit for bit.
 
-Needs two variables: VKLLM_LLAMA_CPP, the folder of llama.cpp's sources, and VKLLM_HF_PYTHON, a Python with torch, transformers
-and sentencepiece (`pip install torch transformers sentencepiece protobuf`). Takes about 10 s.
+Needs VKLLM_LLAMA_CPP, the folder of llama.cpp's sources, and torch, transformers, sentencepiece and protobuf, here or in the
+Python that VKLLM_HF_PYTHON names. Takes about 10 s.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +30,10 @@ TEXT = "the cat of a house is not the houser: I've  1234 rivers\n\n\t<turn>ok<|e
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with NAME/ and NAME.gguf for every model."""
-    source, python = os.environ.get("VKLLM_LLAMA_CPP"), os.environ.get("VKLLM_HF_PYTHON")
+    here = all(find_spec(name) for name in ("torch", "transformers", "sentencepiece"))
+    source, python = os.environ.get("VKLLM_LLAMA_CPP"), os.environ.get("VKLLM_HF_PYTHON", sys.executable if here else "")
     if not source or not python:
-        pytest.skip("VKLLM_LLAMA_CPP and VKLLM_HF_PYTHON are not set")
+        pytest.skip("VKLLM_LLAMA_CPP is not set, or there is no torch, transformers and sentencepiece (VKLLM_HF_PYTHON)")
     out = tmp_path_factory.mktemp("oracle")
     script = Path(__file__).with_name("hf_oracle.py")
     done = subprocess.run([python, str(script), source, str(out)], capture_output=True, text=True)

@@ -223,6 +223,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "id a boolean": (lambda t: t["model"]["vocab"].update(z=True), "token 'z' has the id True"),
     "id a fraction": (lambda t: t["model"]["vocab"].update(z=13.0), "token 'z' has the id 13.0"),
     "added token of another id": (lambda t: t["added_tokens"].append(special(5, "<x>")), "id 5 is both 'ab' and '<x>'"),
+    "added token with two ids": (lambda t: t["added_tokens"].append(special(14, "ab")), "'ab' has the ids 5 and 14"),
     "added token without id": (lambda t: t["added_tokens"].append({"content": "x"}), "lacks id"),
     "added token no object": (lambda t: t["added_tokens"].append("x"), "lacks id"),
     "added token negative": (lambda t: t["added_tokens"].append(special(-3, "x")), "id is -3"),

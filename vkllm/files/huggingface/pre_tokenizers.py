@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vkllm.files.huggingface.json_file import Fields
 from vkllm.vocab.splits import CONTRACTION, GPT2, PRE_TOKENIZERS
 
 FALCON = ("Punctuation contiguous", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
@@ -38,7 +39,7 @@ def _splits(pre: Mapping[str, Any]) -> Iterator[str]:
     """The expressions whose matches are words, one after the other; for anything else, a description."""
     kind = pre.get("type")
     if kind == "Sequence":
-        for part in pre.get("pretokenizers") or []:
+        for part in Fields(pre, "tokenizer.json: pre_tokenizer").items("pretokenizers"):
             yield from _splits(part if isinstance(part, dict) else {"type": part})
     elif kind == "ByteLevel" and not pre.get("add_prefix_space"):
         if pre.get("use_regex", True):

@@ -78,6 +78,7 @@ def _vocabulary(model: Fields, root: Fields, n_vocab: int) -> tuple[dict[int, st
         found = f"ids up to {max(vocab)}" if vocab else "no tokens"
         raise ConfigError(f"tokenizer.json has {found}, but the model {n_vocab} embeddings", hint=_HINT)
     added: dict[int, bool] = {}
+    ids = dict(model.fields("vocab").pairs)
     for entry in root.items("added_tokens"):
         token = Fields(entry if isinstance(entry, dict) else {}, "tokenizer.json: added_tokens")
         i, text = token.integer("id", least=0), token.text("content")
@@ -85,6 +86,8 @@ def _vocabulary(model: Fields, root: Fields, n_vocab: int) -> tuple[dict[int, st
             continue
         if vocab.get(i, text) != text:
             raise FileFormatError(f"tokenizer.json: id {i} is both {vocab[i][:40]!r} and {text[:40]!r}", hint=_HINT)
+        if ids.setdefault(text, i) != i:
+            raise FileFormatError(f"tokenizer.json: {text[:40]!r} has the ids {ids[text]} and {i}", hint=_HINT)
         vocab[i], added[i] = text, token.flag("special", False)
     return vocab, added
 
@@ -131,7 +134,9 @@ def _pair(merge: object) -> list[str]:
 
 def _kinds(part: Mapping[str, Any]) -> list[str]:
     """The types of a component and of those in it."""
-    inner = [p for key in ("normalizers", "pretokenizers", "decoders", "processors") for p in part.get(key) or []]
+    inner = [
+        p for key in ("normalizers", "pretokenizers", "decoders", "processors") for p in Fields(part, "tokenizer.json").items(key)
+    ]
     own = [str(part["type"])] if "type" in part else []
     return own + [kind for p in inner if isinstance(p, dict) for kind in _kinds(p)]
 
@@ -139,7 +144,7 @@ def _kinds(part: Mapping[str, Any]) -> list[str]:
 def _sentencepiece(root: Fields, model: Fields, vocab: Mapping[int, str]) -> dict[str, object]:
     """What only SentencePiece's BPE has: whether text begins with a space. Other normalizers than its own are refused."""
     normalizer, pre = root.fields("normalizer").pairs, root.fields("pre_tokenizer").pairs
-    steps = normalizer.get("normalizers") or ([normalizer] if normalizer else [])
+    steps = root.fields("normalizer").items("normalizers") or ([normalizer] if normalizer else [])
     prefix = False
     for step in steps:
         if step == {"type": "Prepend", "prepend": SPACE}:
@@ -248,7 +253,7 @@ def _frame(tokenizer: Mapping[str, Any]) -> tuple[str, str] | None:
     if not isinstance(post, dict):
         return None
     first = last = ""
-    for step in post.get("processors") or [post]:
+    for step in Fields(post, "tokenizer.json: post_processor").items("processors") or [post]:
         single = step.get("single") if isinstance(step, dict) else None
         if isinstance(single, list) and len(single) > 1:
             first, last = _template_token(single[0]) or first, _template_token(single[-1]) or last
