@@ -191,7 +191,7 @@ def matmul(spec: MatmulSpec) -> Kernel:
         q       f32 [n_token, n_head * head_dim]; k, v: f16 [slots, n_kv_head, head_dim];
         rope    f32x4 texels of f32 [positions, head_dim / 2, 2]
         ids     u32 [n_token]: for experts, the one of each row of y; or, for tiles, u32 [n_tile] the one of each tile, and
-        rows    u32 [n_tile, tile]: its rows of y; NO_SLOT for none, in both
+        rows    u32 [n_tile, tile]: its rows of y; NO_SLOT for none, in both (anything, where the tile has no expert)
         params  u32 [6, capacity]: for "qkv" (positions, slots) and for gather (output rows)
     Push: n_chunk: chunks a row (Format.n_chunk); n_group: row groups of w; x_stride: texels a row of x; n_token: rows to compute;
         n_row: rows of y that these weights make ("swiglu": of the gate; "qkv": of the parts together); first_row: y's first of
@@ -233,10 +233,11 @@ class _Body:
         _Epilogue(self).emit()
 
     def _find_expert(self) -> Value:
-        """The first row group of the expert's weights. A tile without one has no chunks to walk along."""
+        """The first row group of the expert's weights. A tile without one has no chunks to walk along, and no rows to write."""
         expert = self.bufs["ids"][self.b.workgroup_id(1)]
         if self.spec.in_tiles:
-            self.push = self.push | {"n_chunk": self.b.select(expert == NO_SLOT, 0, self.push["n_chunk"])}
+            left_over = {name: self.b.select(expert == NO_SLOT, 0, self.push[name]) for name in ("n_chunk", "n_token")}
+            self.push = self.push | left_over
             expert = self.b.select(expert == NO_SLOT, 0, expert)
         return expert * self.push["n_group"]
 

@@ -13,7 +13,7 @@ from vkllm_codegen.errors import KernelError
 from vkllm_shaders.experts import TileSpec
 from vkllm_shaders.formats import FORMATS, Layout, pack, pack_vector, packed_nbytes, row_order
 from vkllm_shaders.matmul import ALIGN_COLUMNS, MatmulSpec, matmul
-from vkllm_shaders.reference import tiles
+from vkllm_shaders.reference import NO_ID, tiles
 from vkllm_shaders.reference_matmul import dequantize, experts, linear, rmsnorm, rotate, swiglu, swiglu_oai
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -259,6 +259,7 @@ def check_experts(
     if spec.in_tiles:
         n_tile = TileSpec(n_expert, spec.tile).n_tile(n) + 1
         buffers["ids"], buffers["rows"] = tiles(ids, spec.tile, n_tile)
+        buffers["rows"][buffers["ids"] == NO_ID] = 0  # what was there before
         n_tiled = n_tile * spec.tile
     if bias is not None:
         buffers["bias"] = np.concatenate([pack_vector(b.astype(np.float32), order) for b in bias])
