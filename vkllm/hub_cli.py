@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,8 +17,9 @@ from rich.table import Table
 
 from vkllm.errors import RequestError
 from vkllm.hub import store
-from vkllm.hub.download import Progress as Advance
-from vkllm.hub.pull import pull
+
+if TYPE_CHECKING:
+    from vkllm.hub.download import Progress as Advance
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -30,13 +31,15 @@ def pull_model(
     as_json: JsonOption = False,
 ) -> None:
     """Fetch a model from the Hugging Face hub; its name then works wherever a MODEL is asked for."""
+    from vkllm.hub.pull import pull
+
     err = Console(stderr=True, highlight=False, soft_wrap=True)
     model = pull(
         name,
         revision=revision,
         accepted=accept_license,
         show=lambda text: err.print(text, markup=False),
-        ask=(lambda question: typer.confirm(question, err=True)) if sys.stdin.isatty() else None,
+        ask=(lambda question: typer.confirm(question, err=True)) if someone_is_there() else None,
         meter=lambda file, nbytes: _bar(err, file, nbytes),
     )
     if as_json:
@@ -68,7 +71,7 @@ def remove_model(
     folders = store.folders(name)
     size = sum(p.stat().st_size for folder in folders for p in folder.rglob("*") if p.is_file()) / 1e9
     if not yes:
-        if not sys.stdin.isatty():
+        if not someone_is_there():
             raise RequestError(f"{name} has {size:.2f} GB, and nobody is here to say yes", hint="add --yes")
         typer.confirm(f"Delete {name} ({size:.2f} GB)?", abort=True, err=True)
     for folder in folders:
@@ -79,6 +82,11 @@ def remove_model(
 def pulled_model(model: str) -> str:
     """Option check for every MODEL: the path of a pulled model, where it is the name of one."""
     return store.resolve(model)
+
+
+def someone_is_there() -> bool:
+    """Can a person be asked?"""
+    return sys.stdin.isatty()
 
 
 def _shown(model: store.Pulled) -> dict[str, object]:

@@ -167,8 +167,12 @@ def test_a_server_that_begins_again_is_followed(hub: Hub, monkeypatch: pytest.Mo
     folder.mkdir(parents=True)
     (folder / "small-Q4_K_M.gguf.part").write_bytes(b"x" * 1000)
     opened = download._open
-    monkeypatch.setattr(download, "_open", lambda remote, name, _: opened(remote, name, 0))
-    assert fetch("a/small").path.read_bytes() == BIG
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "_open", lambda remote, name, _: opened(remote, name, 0))
+        hub.cut_after = [500, 500]
+        with pytest.raises(ConfigError, match="500 of"):
+            fetch("a/small")
+    assert fetch("a/small").path.read_bytes() == BIG  # without what was there before
 
 
 @pytest.mark.parametrize("file", ["small-Q4_K_M.gguf", "config.json"])
@@ -345,6 +349,16 @@ def test_list_and_rm(hub: Hub) -> None:
     assert not (store.models_dir() / "a--small").exists()
     gone = vkllm("rm", "a/small", "--yes")
     assert gone.exit_code == 1 and "no model a/small" in gone.stderr
+
+
+def test_a_person_is_asked_on_the_terminal(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vkllm.hub_cli.someone_is_there", lambda: True)
+    hub.repositories["a/small"] = Repository(GGUF_REPO, {"cardData": {"license": "gemma"}})
+    no = vkllm("pull", "a/small", input="n\n")
+    assert no.exit_code == 1 and "licence: gemma" in no.stderr and "nothing was pulled" in no.stderr
+    assert vkllm("pull", "a/small", "--json", input="y\n").exit_code == 0
+    assert vkllm("rm", "a/small", input="n\n").exit_code == 1 and len(store.pulled()) == 1
+    assert vkllm("rm", "a/small", input="y\n").exit_code == 0 and store.pulled() == []
 
 
 def test_rm_takes_what_was_never_finished(hub: Hub) -> None:
