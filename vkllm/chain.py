@@ -176,7 +176,8 @@ class ModelChain:
             if debug.LEVEL >= debug.DISPATCHES:
                 self._log_times(recorded.dispatches(i), recording)
             if watch is not None and (name := self._lower.output_of(op := recorded.dispatches(i)[-1].op)) is not None:
-                watch(op, self._rows_of(name, n_out if self.graph.buffers[name].per_output else n_row))
+                buffer = self.graph.buffers[name]
+                watch(op, self._rows_of(name, n_out if buffer.per_output else n_row * buffer.rows_per_token))
         greedy = self._buffers["argmax"].read(n_out * 16, dtype=np.uint32).reshape(n_out, 4)
         return Output(greedy[:, 0], greedy[:, 2], lambda: self._rows_of(self.graph.logits, n_out))
 

@@ -45,7 +45,7 @@ from vkllm_codegen import f32, f32x4, u32, u32x4
 from vkllm_shaders.attention import AttentionSpec, cache_row_nbytes, combine, direct, partial
 from vkllm_shaders.embed import embed
 from vkllm_shaders.embed import groups as embed_groups
-from vkllm_shaders.experts import RouteSpec, combine_groups, route
+from vkllm_shaders.experts import RouteSpec, TileSpec, combine_groups, route, tiles
 from vkllm_shaders.experts import combine as combine_experts
 from vkllm_shaders.formats import FORMATS, Layout, row_order
 from vkllm_shaders.heads import HeadSpec, heads
@@ -138,6 +138,9 @@ class Lowering:
         if self.activations == "int8":
             widest = max(self.stride(op.x) for op in self.graph.ops if isinstance(op, Linear | Qkv))
             sizes |= {"x.int8": n * widest, "x.scales": -(-n // SCALE_ROWS) * SCALE_ROWS * widest // 8}
+        if self._tiles_experts(n_y := n * c.n_expert_used) and c.n_expert:
+            n_tile = self._expert_tiles.n_tile(n_y)
+            sizes |= {"tile_experts": n_tile * 4, "tile_rows": n_tile * self._expert_tiles.tile * 4}
         sizes |= dict.fromkeys(self.graph.ropes, self.n_ctx * c.rope_dim * 4)
         return sizes | {
             "block_table": self.runtime.n_seq * -(-self.n_ctx // self.runtime.block_size) * 4,  # shared blocks count for each
@@ -199,7 +202,7 @@ class Lowering:
         if isinstance(op, NormAdd):
             return [self._norm_add(op, n_row)]
         if isinstance(op, Route):
-            return [self._route(op, n_row)]
+            return self._route(op, n_row)
         if isinstance(op, ExpertLinear):
             return [self._experts(op, n_row)]
         if isinstance(op, Combine):
@@ -241,8 +244,9 @@ class Lowering:
         n_row: int,
         buffers: dict[str, str],
         push: dict[str, int | float],
+        n_grid: int = 0,
     ) -> Dispatch:
-        """What all matrix kernels have in common."""
+        """What all matrix kernels have in common. `n_grid`: rows that the grid is for, where that is not `n_row`."""
         buffers |= {"w": matrix.name, "x": op.x, "params": "params", "bias": _bias_name(matrix)} | (
             {"norm_w": op.norm} if op.norm else {}
         )
@@ -257,16 +261,17 @@ class Lowering:
         bytes_a_us, macs_a_us = self._rate
         nbytes = matrix.nbytes * n_packed // len(matrix.order)
         cost_us = max(nbytes * tiles / bytes_a_us, matrix.n_row * matrix.n_col * n_row / macs_a_us)
-        return self._make(op, self._kernels.get(matmul, spec), buffers, push, spec.groups(n_packed, n_row), cost_us)
+        return self._make(op, self._kernels.get(matmul, spec), buffers, push, spec.groups(n_packed, n_grid or n_row), cost_us)
 
     def _spec(
         self, op: Linear | Qkv | ExpertLinear, matrix: Matrix, epilogue: str, n_row: int, gather: bool = False
     ) -> MatmulSpec:
         experts, quantized = isinstance(op, ExpertLinear), self._quantized(op, matrix, n_row)
+        tile = best_tile(n_row)
         return MatmulSpec(
             fmt=matrix.fmt,
             layout=self.layout,
-            tile=1 if experts else best_tile(n_row),
+            tile=self._expert_tiles.tile if experts and self._tiles_experts(n_row) else 1 if experts else tile,
             experts=experts,
             quantized=quantized,
             norm=op.norm is not None and not quantized,
@@ -337,11 +342,27 @@ class Lowering:
         groups = (c.n_head + 2 * c.n_kv_head, n_row, 1)
         return self._make(op, self._kernels.get(heads, spec), buffers, push, groups, 10.0 + n_row)
 
-    def _route(self, op: Route, n_row: int) -> Dispatch:
+    def _route(self, op: Route, n_row: int) -> list[Dispatch]:
+        """Choose the experts; where many rows choose, put those of one expert together in tiles."""
         c, softmax_of = self.graph.config, "all" if op.softmax_first and not op.normalized else "used"
         spec = RouteSpec(c.n_expert, c.n_expert_used, softmax_of, self.lanes)  # type: ignore[arg-type]
         buffers = {"logits": op.logits, "ids": op.ids, "weights": op.y}
-        return self._make(op, self._kernels.get(route, spec), buffers, {"x_stride": self.stride(op.logits)}, (n_row, 1, 1), 10.0)
+        push = {"x_stride": self.stride(op.logits)}
+        chosen = self._make(op, self._kernels.get(route, spec), buffers, push, (n_row, 1, 1), 10.0)
+        n_y = n_row * c.n_expert_used
+        if not self._tiles_experts(n_y):
+            return [chosen]
+        buffers = {"ids": op.ids, "experts": "tile_experts", "rows": "tile_rows"}
+        push = {"n_row": n_y, "n_tile": self._expert_tiles.n_tile(n_y)}
+        return [chosen, self._make(op, self._kernels.get(tiles, self._expert_tiles), buffers, push, (1, 1, 1), 10.0)]
+
+    @property
+    def _expert_tiles(self) -> TileSpec:
+        return TileSpec(self.graph.config.n_expert, lanes=self.lanes)
+
+    def _tiles_experts(self, n_y: int) -> bool:
+        """Are there so many rows of experts' results that an expert has more than one on average?"""
+        return n_y > 2 * self.graph.config.n_expert
 
     def _experts(self, op: ExpertLinear, n_row: int) -> Dispatch:
         """A row of y for each token and each of its experts."""
@@ -350,8 +371,12 @@ class Lowering:
         n_share = n_used // self.graph.buffers[op.x].rows_per_token  # rows of y that read the same row of x
         push: dict[str, int | float] = {"n_row": op.parts[0].n_row, "y_stride": self.stride(op.y), "first_row": 0}
         push |= {"n_share": n_share}
-        spec = self._spec(op, matrix, op.epilogue, 1)
-        return self._matmul(op, matrix, spec, n_row * n_used, {"y": op.y, "ids": op.ids}, push)
+        n_y = n_row * n_used
+        spec, buffers = self._spec(op, matrix, op.epilogue, n_y), {"y": op.y, "ids": op.ids}
+        if not self._tiles_experts(n_y):
+            return self._matmul(op, matrix, spec, n_y, buffers, push)
+        buffers |= {"ids": "tile_experts", "rows": "tile_rows"}
+        return self._matmul(op, matrix, spec, n_y, buffers, push, self._expert_tiles.n_tile(n_y) * spec.tile)
 
     def _combine(self, op: Combine, n_row: int) -> Dispatch:
         n_col = self.graph.buffers[op.y].n_col

@@ -71,7 +71,7 @@ class ReferenceExecutor:
             elif isinstance(op, Combine):
                 buffers[op.y] = buffers[op.y] + np.einsum("ts,tsn->tn", buffers[op.weights], buffers[op.x]).astype(self.dtype)
             if watch and not isinstance(op, Argmax):
-                watch(op.name, buffers[op.y])
+                watch(op.name, buffers[op.y].reshape(-1, buffers[op.y].shape[-1]))
         self.n_past += len(token_ids)
         return buffers[self.graph.logits]
 

@@ -173,3 +173,23 @@ def test_long_factors_are_for_long_contexts(device: Device) -> None:
         expected = ReferenceExecutor(file.graph, file, n_ctx=n, dtype=np.float64).forward(ids)
         assert nmse(found, expected) <= 1e-6
     assert nmse(short, long) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])
+def test_every_op_can_be_watched(name: str, device: Device) -> None:
+    """What `vkllm diff` does: each op's output beside the reference's, of the same shape."""
+    file, ids, expected = MadeUpFile(CASES[name]), list(range(3, 15)), dict[str, np.ndarray]()
+    reference = ReferenceExecutor(file.graph, file, n_ctx=64, dtype=np.float64)
+    reference.forward(ids, watch=lambda op, y: expected.update({op: np.array(y)}))
+    chain, seen = ModelChain(device, file.graph, file, RuntimeConfig(n_ctx=64, prefill_chunk=16, activations="f32")), set[str]()
+    table = BlockTable(32)
+    BlockPool(chain.n_block, 32).extend(table, len(ids))
+
+    def compare(op: str, y: np.ndarray) -> None:
+        assert y.shape == expected[op].shape
+        assert nmse(y, expected[op]) <= 1e-6, op
+        seen.add(op)
+
+    chain.forward(Rows.of(Span(ids, 0, table, n_output=len(ids))), watch=compare)
+    chain.close()
+    assert seen == expected.keys()
