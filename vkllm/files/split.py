@@ -31,7 +31,8 @@ class SplitGGUF:
         self.path = path
         self.nbytes = sum(part.nbytes for part in parts)
         self.format = f"{parts[0].format}, {len(parts)} files"
-        self.metadata: Mapping[str, object] = MappingProxyType({k: v for k, v in parts[0].metadata.items() if k != NO})
+        whole = {k: v for k, v in parts[0].metadata.items() if k not in (NO, COUNT, TENSORS)}
+        self.metadata: Mapping[str, object] = MappingProxyType(whole)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType({name: part.tensors[name] for name, part in home.items()})
         self._parts, self._home = tuple(parts), dict(home)
 
