@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders import reference
-from vkllm_shaders.experts import RouteSpec, TileSpec, combine, combine_groups, route, tiles
+from vkllm_shaders.experts import MAX_TILED_ROWS, RouteSpec, TileSpec, combine, combine_groups, route, tiles
 
 sys.path.insert(0, str(Path(__file__).parent))
 from check import check_kernel, lanes
@@ -71,14 +71,13 @@ def test_counts_without_kernels_are_refused() -> None:
             RouteSpec(n_expert, n_used)
 
 
-def check_tiles(ids: np.ndarray, spec: TileSpec, *, on_device: bool = True) -> None:
+def check_tiles(ids: np.ndarray, spec: TileSpec, **where: bool) -> None:
     n_tile = spec.n_tile(len(ids)) + 2
     experts, rows = reference.tiles(ids, spec.tile, n_tile)
     buffers = {"ids": ids, "experts": np.full(n_tile, 7, np.uint32), "rows": np.full((n_tile, spec.tile), 9, np.uint32)}
     rows[experts == reference.NO_ID] = 9
     push = {"n_row": len(ids), "n_tile": n_tile}
-    size = spec.lanes
-    check_kernel(tiles(spec), {"experts": experts, "rows": rows}, buffers, push, on_device=on_device, subgroup_size=size)
+    check_kernel(tiles(spec), {"experts": experts, "rows": rows}, buffers, push, subgroup_size=spec.lanes, **where)
 
 
 @pytest.mark.parametrize("n_expert, n_row, tile", [(1, 1, 4), (8, 7, 2), (9, 64, 4), (128, 517, 4), (256, 100, 8)])
@@ -94,6 +93,13 @@ def test_tiles_hold_any_rows(data: st.DataObject, lane_count: int, tile: int) ->
     n_expert = data.draw(st.integers(1, 40))
     ids = data.draw(st.lists(st.integers(0, n_expert - 1), min_size=1, max_size=70))
     check_tiles(np.array(ids, np.uint32), TileSpec(n_expert, tile, lane_count), on_device=False)
+
+
+def test_as_many_rows_as_lavapipe_has_turns() -> None:
+    ids = np.random.default_rng(0).integers(0, 9, MAX_TILED_ROWS).astype(np.uint32)
+    check_tiles(ids, TileSpec(9, 2, lanes()), interpreted=False)
+    with pytest.raises(KernelError, match="lower prefill_chunk"):
+        TileSpec(9).n_tile(MAX_TILED_ROWS + 1)
 
 
 @pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])

@@ -309,8 +309,9 @@ def test_tiles_of_experts(fmt: str, tile: int, fused: dict[str, Any], sizes: tup
     check_experts(spec_of(fmt, kind, experts=True, tile=tile, **fused), *sizes, x_per_slot="epilogue" not in fused)
 
 
-def test_experts_with_int8_activations() -> None:
-    spec = spec_of("Q4_K", "lane_row", experts=True, activations="int8")
+@pytest.mark.parametrize("tile", [1, 4])
+def test_experts_with_int8_activations(tile: int) -> None:
+    spec = spec_of("Q4_K", "lane_row", experts=True, activations="int8", tile=tile)
     check_experts(spec, 6, 50, 512, 3, 2, x_per_slot=True, max_nmse=5e-5)
 
 
