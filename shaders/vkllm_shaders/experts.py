@@ -145,7 +145,7 @@ def tiles(spec: TileSpec) -> Kernel:
         def each_row(visit: Callable[[Value, Value], None]) -> None:
             """visit(row, expert) in all lanes, row after row: a lane loads one, all hear of it.
 
-            Four a turn, because lavapipe ends an invocation's loops after 65,535 turns of all of them together; more take a second
+            Four a turn, because lavapipe ends loops after 65,535 turns, all of an invocation counted; more at once take a second
             to compile and are no faster (0.2 ms for 4,096 rows of 128 experts).
             """
             with b.range(0, n_row, step=spec.lanes) as first:
