@@ -107,9 +107,15 @@ def test_out_of_memory_on_admission(faulty: Any, single: LLMEngine, monkeypatch:
     assert stream(client) == (expected, []) and batch.pool.n_free == batch.pool.n_block
 
 
-def test_a_prompt_of_ten_megabytes(faulty: Any, server: Any) -> None:
-    client, _, _ = faulty
-    long = "word " * (2 << 20)
+def test_a_prompt_of_ten_megabytes(faulty: Any, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, batch, _ = faulty
+    encode, long = batch.tokenizer.encode, "word " * (2 << 20)
+
+    def guarded(text: str, *options: Any, **more: Any) -> list[int]:
+        assert len(text) < len(long), "it is refused before it is tokenized"
+        return encode(text, *options, **more)
+
+    monkeypatch.setattr(batch.tokenizer, "encode", guarded)
     for url, body in (
         ("/v1/completions", TEXT | {"prompt": long}),
         ("/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": long}]}),

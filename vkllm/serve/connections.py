@@ -75,9 +75,7 @@ def http_protocol(limits: ConnectionLimits) -> type[H11Protocol]:
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             if self.cycle is not None and not self.cycle.response_complete:
-                self._stop_waiting()  # it has asked
-            elif self._patience is None and not self.transport.is_closing():
-                self._wait()  # a part of a request
+                self._stop_waiting()  # it has asked; a part of a request is not enough
 
         def on_response_complete(self) -> None:
             super().on_response_complete()

@@ -16,6 +16,7 @@ from typing import Any, Literal, TextIO
 
 LogFormat = Literal["json", "text"]
 TALKATIVE = ("uvicorn.error", "uvicorn.access", "websockets", "asyncio", "httpx", "httpcore")
+IN_MESSAGE = ("method", "route", "status")
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 
@@ -55,12 +56,12 @@ class JsonFormatter(_Formatter):
 
 
 class TextFormatter(_Formatter):
-    """For reading: the facts follow the message as key=value, without those that say nothing."""
+    """For reading: the facts follow the message as key=value, without those that it says already, or that say nothing."""
 
     def format(self, record: logging.LogRecord) -> str:
         record.msg, record.args = self.said(record), None
-        facts: dict[str, Any] = getattr(record, "facts", {})
-        told = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in facts.items() if value not in (None, False)]
+        facts = {k: v for k, v in getattr(record, "facts", {}).items() if k not in IN_MESSAGE and v not in (None, False)}
+        told = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
         text = super().format(record)
         return " ".join([text, *told]) if told else text
 
