@@ -56,7 +56,7 @@ def list_models(as_json: JsonOption = False) -> None:
         return
     table = Table("model", "size", "licence", "revision", "pulled")
     for m in models:
-        table.add_row(escape(m.name), f"{m.nbytes / 1e9:.2f} GB", escape(m.licence), m.revision[:12], m.pulled_at[:10])
+        table.add_row(escape(m.name), _size(m.nbytes), escape(m.licence), m.revision[:12], m.pulled_at[:10])
     console = Console(highlight=False, soft_wrap=True)
     console.print(table if models else "no models; `vkllm pull OWNER/NAME` fetches one")
     for path in unfinished:
@@ -69,11 +69,11 @@ def remove_model(
 ) -> None:
     """Delete a pulled model, all its revisions, and what was never finished of it."""
     folders = store.folders(name)
-    size = sum(p.stat().st_size for folder in folders for p in folder.rglob("*") if p.is_file()) / 1e9
+    size = sum(p.stat().st_size for folder in folders for p in folder.rglob("*") if p.is_file())
     if not yes:
         if not someone_is_there():
-            raise RequestError(f"{name} has {size:.2f} GB, and nobody is here to say yes", hint="add --yes")
-        typer.confirm(f"Delete {name} ({size:.2f} GB)?", abort=True, err=True)
+            raise RequestError(f"{name} has {_size(size)}, and nobody is here to say yes", hint="add --yes")
+        typer.confirm(f"Delete {name} ({_size(size)})?", abort=True, err=True)
     for folder in folders:
         store.remove(folder)
     typer.echo(f"{name} is deleted")
@@ -87,6 +87,10 @@ def pulled_model(model: str) -> str:
 def someone_is_there() -> bool:
     """Can a person be asked?"""
     return sys.stdin.isatty()
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _shown(model: store.Pulled) -> dict[str, object]:

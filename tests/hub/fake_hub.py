@@ -58,7 +58,9 @@ class Handler(BaseHTTPRequestHandler):
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             return self.model("/".join(parts[2:4]), parts[5] if parts[4:5] == ["revision"] else None)
-        repository = self.hub.repositories["/".join(parts[:2])]
+        repository = self.hub.repositories.get("/".join(parts[:2]))
+        if repository is None:  # the library asks for more than models
+            return self.answer(404, b"")
         assert parts[2:4] == ["resolve", repository.sha], "files are asked for at the revision that was shown"
         self.file("/".join(parts[4:]), repository)
 
