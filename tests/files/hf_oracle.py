@@ -1,7 +1,8 @@
 """Random small models as Hugging Face folders, and what llama.cpp's converter makes of them.
 
 Not a test: `test_hf_oracle.py` runs it with a Python that has torch, transformers and sentencepiece.
-Usage: python hf_oracle.py LLAMA_CPP_SOURCE OUT. Writes OUT/NAME/ and OUT/NAME.gguf for every model of MODELS.
+Usage: python hf_oracle.py LLAMA_CPP_SOURCE OUT. Writes OUT/NAME/ and OUT/NAME.gguf for every model of MODELS, OUT/NAME/ and
+OUT/NAME.npy for every one of VARIANTS.
 """
 
 from __future__ import annotations
@@ -84,13 +85,24 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 """NAME: the prefix of transformers' classes, the type of the weights, and what its configuration has beside SMALL."""
 
+_GEMMA2 = MODELS["gemma2"][2]
+VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mistral_window": ("Mistral", "float32", {"sliding_window": 8}),
+    "gemma2_scale": ("Gemma2", "float32", _GEMMA2 | {"query_pre_attn_scalar": 64}),
+    "gemma2_layers": ("Gemma2", "float32", _GEMMA2 | {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}),
+    "qwen3moe_unnormed": ("Qwen3Moe", "float32", MODELS["qwen3moe"][2] | {"norm_topk_prob": False}),
+    "qwen2_yarn_factor": ("Qwen2", "float32", {"rope_parameters": YARN | {"attention_factor": 1.5}}),
+}
+"""Models of which the converter drops something that changes the result: transformers' logits are the oracle instead."""
+TOKENS = [(i * 37 + 11) % 300 for i in range(48)]
+
 
 def save_model(name: str, out: Path) -> None:
     """A random model, its norms and biases away from 1 and 0, in a folder (two shards for qwen2)."""
     import torch
     import transformers
 
-    prefix, dtype, extra = MODELS[name]
+    prefix, dtype, extra = (MODELS | VARIANTS)[name]
     config_class = getattr(transformers, f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix}Config")
     torch.manual_seed(len(name))
     model = getattr(transformers, f"{prefix}ForCausalLM")(config_class(**SMALL | extra)).to(getattr(torch, dtype))
@@ -174,6 +186,19 @@ def sentencepiece_files(out: Path) -> None:
 MODERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 BYTE_LEVEL = {"llama3": MODERN % "{1,3}", "qwen3": MODERN % "", "qwen3moe": MODERN % "", "gptoss": MODERN % "{1,3}"}
 PRE = {"llama3": "llama-bpe", "qwen3": "qwen2", "qwen3moe": "qwen2", "gptoss": "llama-bpe", "gptoss_mxfp4": "llama-bpe"}
+
+
+def save_logits(folder: Path) -> None:
+    """transformers' logits of TOKENS, f32 [48, n_vocab], in FOLDER.npy."""
+    import numpy as np
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval().float()
+    with torch.no_grad():
+        np.save(folder.with_suffix(".npy"), model(torch.tensor([TOKENS])).logits[0].numpy())
+
+
 WORDS = ("cat", "house", "river", "stone", "bird", "winter", "light", "garden", "boat", "mountain", "cloud", "song")
 
 
@@ -200,16 +225,14 @@ def convert(source: Path, folder: Path) -> None:
 
 def main() -> None:
     source, out = Path(sys.argv[1]), Path(sys.argv[2])
-    names = sys.argv[3:] or [*MODELS, "gptoss_mxfp4"]
-    for name in names:
-        folder = out / name
-        if not folder.exists():
-            if name == "gptoss_mxfp4":
-                save_mxfp4(out / "gptoss", folder)
-            else:
-                folder.mkdir(parents=True)
-                save_model(name, folder)
-        convert(source, folder)
+    for name in (*MODELS, *VARIANTS):
+        (out / name).mkdir(parents=True)
+        save_model(name, out / name)
+    save_mxfp4(out / "gptoss", out / "gptoss_mxfp4")
+    for name in VARIANTS:
+        save_logits(out / name)
+    for name in (*MODELS, "gptoss_mxfp4"):
+        convert(source, out / name)
 
 
 if __name__ == "__main__":

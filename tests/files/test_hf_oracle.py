@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hf_oracle import BYTE_LEVEL, MODELS
+from hf_oracle import BYTE_LEVEL, MODELS, TOKENS, VARIANTS
 
 from vkllm.config import ModelConfig
 from vkllm.files import GGUFFile, ModelFile, open_model
 from vkllm.models import build_graph
+from vkllm.reference import ReferenceExecutor
 from vkllm.tokenizer import Tokenizer
 from vkllm.weights import check_weights
 
@@ -109,3 +110,14 @@ def test_ids_are_transformers_own(converted: Path, name: str) -> None:
         ours = Tokenizer.from_gguf(file.metadata)
         for text in (TEXT.replace("<turn>", "").replace("<|end|>", ""), "", "a", "\n", "the  cats\n\n of  "):
             assert ours.encode(text) == library.encode(text).ids, text
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_give_the_logits_of_transformers(converted: Path, name: str) -> None:
+    """Keys that the converter does not write, understood by the graph: NMSE of the numpy reference (its cache is f16)."""
+    expected = np.load(converted / f"{name}.npy").astype(np.float64)
+    with open_model(converted / name) as file:
+        graph = build_graph(ModelConfig.from_gguf(file), file.tensors)
+        check_weights(graph, file)
+        logits = ReferenceExecutor(graph, file, n_ctx=64).forward(TOKENS).astype(np.float64)
+    assert np.sum((logits - expected) ** 2) <= 2e-6 * np.sum(expected**2)
