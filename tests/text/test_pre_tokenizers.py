@@ -232,7 +232,7 @@ def test_words_of_telling_texts(name: str, text: str) -> None:
 
 
 @given(text=text(), name=st.sampled_from(sorted(RULES)))
-@settings(max_examples=600)
+@settings(max_examples=600, deadline=None)
 @example(text="\u2003em", name="deepseek-coder")
 @example(text="x.\n/y", name="gpt-4o")
 def test_words_of_any_text(text: str, name: str) -> None:
@@ -240,7 +240,7 @@ def test_words_of_any_text(text: str, name: str) -> None:
 
 
 @given(text=text(), name=st.sampled_from(sorted(RULES)), size=st.integers(0, 9))
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @example(text="x.\n/y", name="gpt-4o", size=0)
 @example(text="x\n.y", name="bloom", size=0)
 def test_cutting_long_text_changes_no_word(text: str, name: str, size: int) -> None:
@@ -304,7 +304,7 @@ def test_every_vocabulary_is_pinned() -> None:
 
 
 @given(text=st.one_of(text(), st.text(max_size=30)))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_round_trip(text: str) -> None:
     for name in ("deepseek-v3", "falcon", "gpt-4o", "tekken", "command-r", "bloom"):
         t = tokenizer(name)
