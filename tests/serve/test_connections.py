@@ -20,14 +20,14 @@ ENDLESS = {"logit_bias": {"2047": -100, "2045": -100}}  # the end tokens of `tin
 
 
 @contextmanager
-def limited(batch: Any, **limits: Any) -> Iterator[Any]:
+def limited(batch: Any, body_s: float = 60.0, **limits: Any) -> Iterator[Any]:
     """Another server over the same engine, with these limits on connections, and small buffers in the kernel."""
     from vkllm.serve.app import create_app
     from vkllm.serve.metrics import Metrics
     from vkllm.serve.options import Address, ConnectionLimits, ServerOptions
     from vkllm.serve.server import Server
 
-    app = create_app(batch, ServerOptions("tiny"), Metrics())
+    app = create_app(batch, ServerOptions("tiny", body_s=body_s), Metrics())
     server = Server(app, Address(port=0), stop_s=5.0, limits=ConnectionLimits(**limits))
     server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     server.start()
@@ -74,6 +74,17 @@ def test_a_request_that_never_gets_complete(session_server: Any) -> None:
                 reply += slow.recv(1000)
             slow.sendall(whole[:5])
             assert slow.recv(1000) == b"", "closed, though it has begun a second request"
+
+
+def test_a_body_that_never_arrives(session_server: Any) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+    with limited(session_server.batch, body_s=0.2) as running:
+        with socket.create_connection(("127.0.0.1", running.port), timeout=10) as slow:
+            slow.sendall(head)
+            reply = b""
+            while part := slow.recv(1000):
+                reply += part
+        assert reply.startswith(b"HTTP/1.1 408") and b"request_timeout" in reply
 
 
 def deaf(port: int, **fields: Any) -> socket.socket:
