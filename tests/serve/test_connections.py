@@ -115,6 +115,24 @@ def test_a_client_that_stops_reading_holds_up_nobody_and_is_cut_off(server: Any)
         assert got.startswith(b"HTTP/1.1 200") and b"[DONE]" not in got
 
 
+def test_a_websocket_that_is_not_read_is_cut_off(server: Any) -> None:
+    pytest.importorskip("websockets", reason="websockets is not installed")
+    fields = {"model": "tiny", "prompt": "Once", "max_tokens": 400, "n": 32, "temperature": 2.0}
+    text = json.dumps({"id": "x" * 128, "request": fields | ENDLESS}).encode()
+    upgrade = "GET /v1/stream HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    with limited(server.batch, stall_s=0.5) as running, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", running.port))
+        client.sendall(f"{upgrade}Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n".encode())
+        assert client.recv(12) == b"HTTP/1.1 101"
+        client.sendall(b"\x81\xfe" + len(text).to_bytes(2, "big") + bytes(4) + text)  # a text frame, masked with zeros
+        while not server.batch.stats.n_running:
+            time.sleep(0.005)
+        while running._server.server_state.connections:
+            time.sleep(0.01)
+        server.quiet()
+
+
 def test_what_is_not_read_is_bounded(server: Any) -> None:
     """The engine does not run ahead of a reader for ever: its request ends, and what waited is dropped."""
     from vkllm.serve.runs import Job, Run, SlowClientError
