@@ -15,8 +15,8 @@ from vkllm_shaders.catalog import entries
 
 PUSH = {
     "n_chunk": 2, "n_group": 2, "x_stride": 128, "n_token": 2, "n_row": 16, "first_row": 0, "n_col": 256, "capacity": 8,
-    "y_stride": 64, "n_head": 14, "n_kv_head": 2, "n_vocab": 5003, "n_segment": 2, "n_split": 2, "n_share": 1, "n_texel": 50, "n_tile": 8,
-    "window": 4, "eps": 1e-5,
+    "y_stride": 64, "n_head": 14, "n_kv_head": 2, "n_vocab": 5003, "n_segment": 2, "n_split": 2, "n_share": 1,
+    "n_texel": 50, "n_tile": 8, "window": 4, "eps": 1e-5,
 }  # fmt: skip
 SIZE = 1 << 19
 """Bytes of every buffer: more than the push constants above reach."""
