@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from vkllm.homeostasis import HomeostasisConfig, Mode
-from vkllm.sensors.simulated import ThermalModel
 
 if TYPE_CHECKING:
+    from vkllm.sensors.simulated import ThermalModel
     from vkllm.simulate import Figures, Scenario, Trace
 
 app = typer.Typer(help="Hold a device at its temperature.", no_args_is_help=True)
@@ -39,8 +39,11 @@ def simulate(
     ambient: Annotated[float, typer.Option(help="Mean ambient temperature, °C.")] = 35.0,
     hours: Annotated[float, typer.Option(min=1 / 60, max=8784.0, help="Length of the run.")] = 24.0,
     scenario: Annotated[
-        str, typer.Option(help="steady, swing, burst, fan-failure, sensor-loss, day (all at once), or all.")
+        str, typer.Option(help="steady, swing, burst, fan-failure, sensor-loss, blind (both), day (all at once), or all.")
     ] = "steady",
+    card: Annotated[
+        str, typer.Option(help="air (350 W), server (700 W), laptop (80 W), paste (bad), coarse or fine (sensor).")
+    ] = "air",
     seed: Annotated[int, typer.Option(min=0, help="Of the loads and of the sensor's noise.")] = 1,
     plot: Annotated[Path | None, typer.Option(help="Draw pi, ramp and off into this SVG file.")] = None,
     as_json: Annotated[
@@ -48,13 +51,15 @@ def simulate(
     ] = False,
 ) -> None:
     """Run the controller against a thermal model, far faster than real time, beside the best constant duty."""
-    from vkllm.simulate import SCENARIOS, svg
+    from vkllm.simulate import CARDS, SCENARIOS, svg
     from vkllm.simulate import scenario as build
 
     if mode not in (*MODES, "all"):
         raise typer.BadParameter(f"{mode!r} is none of {', '.join(MODES)}, all", param_hint="--mode")
     if scenario not in (*SCENARIOS, "all"):
         raise typer.BadParameter(f"{scenario!r} is none of {', '.join(SCENARIOS)}, all", param_hint="--scenario")
+    if card not in CARDS:
+        raise typer.BadParameter(f"{card!r} is none of {', '.join(CARDS)}", param_hint="--card")
     if plot is not None and not plot.parent.is_dir():
         raise typer.BadParameter(f"the folder {plot.parent} does not exist", param_hint="--plot")
     names = SCENARIOS if scenario == "all" else (scenario,)
@@ -64,14 +69,14 @@ def simulate(
     traces: list[Trace] = []
     for name in names:
         modes = MODES if plot is not None and name == drawn else wanted
-        for figures, trace in _runs(build(name, ambient, hours, seed), modes, target, ambient, seed):
+        for figures, trace in _runs(build(name, ambient, hours, seed), modes, target, CARDS[card], seed):
             if figures.mode in wanted:
                 rows.append(figures)
             if plot is not None and name == drawn:
                 traces.append(trace)
     if plot is not None:
         title = f"{drawn}: {hours:g} h, target {target:g} °C, ambient {ambient:g} °C"
-        plot.write_text(svg(traces, target, ThermalModel().slowdown_c, title), encoding="utf-8")
+        plot.write_text(svg(traces, target, CARDS[card].slowdown_c, title), encoding="utf-8")
     if as_json:
         listed = [asdict(r) for r in rows]
         typer.echo(json.dumps(listed[0] if len(listed) == 1 else listed, allow_nan=False))
@@ -79,13 +84,13 @@ def simulate(
         Console().print(_table(rows))
 
 
-def _runs(run: Scenario, modes: tuple[str, ...], target: float, ambient: float, seed: int) -> list[tuple[Figures, Trace]]:
+def _runs(run: Scenario, modes: tuple[str, ...], target: float, model: ThermalModel, seed: int) -> list[tuple[Figures, Trace]]:
     """Every mode through one scenario; the best constant duty is found once."""
     from vkllm import simulate as sim
 
-    best = sim.best_constant_duty(run, target)
+    best = sim.best_constant_duty(run, target, model)
     configs = [HomeostasisConfig(mode=cast(Mode, m), target_c=target) for m in modes]
-    return [sim.simulate(run, config, best=best, seed=seed) for config in configs]
+    return [sim.simulate(run, config, model=model, best=best, seed=seed) for config in configs]
 
 
 @app.command()

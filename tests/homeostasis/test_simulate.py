@@ -4,73 +4,91 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from typing import get_args
 from xml.etree import ElementTree
 
 import pytest
 from typer.testing import CliRunner
 
 from vkllm.errors import ConfigError
-from vkllm.homeostasis import HomeostasisConfig
+from vkllm.homeostasis import HomeostasisConfig, Mode
 from vkllm.homeostasis_cli import app
 from vkllm.sensors.simulated import ThermalModel, ThermalPlant
-from vkllm.simulate import SCENARIOS, Figures, best_constant_duty, scenario, simulate
+from vkllm.simulate import CARDS, SCENARIOS, Figures, Scenario, best_constant_duty, scenario, simulate
 
 TARGET = 75.0
 
 
-def figures(name: str, mode: str, hours: float, model: ThermalModel | None = None, seed: int = 1) -> Figures:
-    return simulate(scenario(name, 35.0, hours, seed), HomeostasisConfig(mode=mode), model=model, seed=seed)[0]  # type: ignore[arg-type]
+def figures(name: str, hours: float, card: str = "air", seed: int = 1, target: float = TARGET, ambient: float = 35.0) -> Figures:
+    """`pi` in one scenario."""
+    run = scenario(name, ambient, hours, seed)
+    return simulate(run, HomeostasisConfig(target_c=target), model=CARDS[card], seed=seed)[0]
 
 
 @pytest.fixture(scope="module")
 def day() -> dict[str, Figures]:
-    """24 h with swing, bursts, a fan failure and a dropped sensor, by controller."""
-    run = scenario("day", 35.0, 24.0)
+    """Swing, bursts, a fan failure and a dropped sensor in four hours, by controller."""
+    run = scenario("day", 35.0, 4.0)
     best = best_constant_duty(run, TARGET)
-    return {m: simulate(run, HomeostasisConfig(mode=m), best=best, seed=1)[0] for m in ("pi", "ramp", "off")}  # type: ignore[arg-type]
+    return {m: simulate(run, HomeostasisConfig(mode=m), best=best, seed=1)[0] for m in get_args(Mode)}
 
 
 def test_a_day_of_everything(day: dict[str, Figures]) -> None:
     pi = day["pi"]
     assert pi.time_over_target_s == 0 and pi.temp_max_c <= TARGET + 1
     assert pi.throttle_s == 0 and pi.trips == 0 and pi.step_downs == 0
-    assert pi.throughput_kept >= 0.97 and (pi.held_share or 0) > 0.85
+    assert pi.throughput_kept >= 0.97 and (pi.held_share or 0) > 0.75
 
 
 def test_a_day_of_everything_for_the_others(day: dict[str, Figures]) -> None:
     """The simple law keeps less and is over the target when the fan fails; without control the hardware throttles."""
     assert day["ramp"].time_over_target_s > 0 and day["ramp"].throughput_kept < day["pi"].throughput_kept
-    assert day["off"].throttle_s > 600 and day["off"].time_over_target_s > 3600
+    assert day["off"].throttle_s > 60 and day["off"].time_over_target_s > 3600
 
 
 @pytest.mark.parametrize("name", [n for n in SCENARIOS if n != "day"])
 def test_each_disturbance_alone(name: str) -> None:
-    f = figures(name, "pi", 5.0)
+    f = figures(name, 2.0)
     assert f.time_over_target_s == 0 and f.throttle_s == 0 and f.trips == 0
     assert f.throughput_kept >= 0.97
-    assert (f.held_share or 0) > (0.75 if name == "burst" else 0.99)
+    assert (f.held_share or 0) > (0.5 if name == "burst" else 0.97)
+
+
+def test_twenty_minutes_without_a_sensor_in_a_day() -> None:
+    run = scenario("sensor-loss", 35.0, 24.0)
+    lost = [t for t in run.ticks if not t.sensor]
+    assert len(lost) * 5.0 >= 20 * 60
 
 
 @pytest.mark.parametrize(
-    "model",
-    [
-        ThermalModel(75, 700, 150, 0.02, 2500, 0.06, fan_least=0.5, slowdown_c=87, max_c=92),  # a server's card
-        ThermalModel(8, 80, 20, 0.18, 150, 0.6, slowdown_c=95, max_c=100),  # a laptop
-        ThermalModel(die_k_per_w=0.07, sink_k_per_w=0.09),  # bad paste
-        ThermalModel(noise_c=0.0),
-        ThermalModel(quantum_c=0.0),
-    ],
-    ids=["server", "laptop", "paste", "no-noise", "no-quantum"],
+    ("card", "target", "ambient"),
+    [("air", 65.0, 40.0), ("air", 65.0, 20.0), ("server", 75.0, 30.0), ("laptop", 75.0, 45.0)],
 )
-def test_devices_that_it_was_not_tuned_on(model: ThermalModel) -> None:
-    f = figures("day", "pi", 1.5, model, seed=4)
-    assert (
-        f.temp_max_c <= TARGET + 2
-        and f.time_over_target_s <= 5
-        and f.throttle_s == 0
-        and f.trips == 0
-        and f.throughput_kept >= 0.97
-    )
+def test_a_steady_load_keeps_its_throughput(card: str, target: float, ambient: float) -> None:
+    """Near the ambient, where a degree is worth a tenth of the work, as well as far above it."""
+    f = figures("steady", 2.0, card, 2, target, ambient)
+    assert f.time_over_target_s == 0 and f.temp_std_c < 0.15 and f.throughput_kept >= 0.97
+
+
+@pytest.mark.parametrize("card", [c for c in CARDS if c != "air"])
+def test_devices_that_it_was_not_tuned_on(card: str) -> None:
+    f = figures("day", 1.0, card, seed=4)
+    assert f.time_over_target_s == 0 and f.throttle_s == 0 and f.trips == 0 and f.throughput_kept >= 0.97
+
+
+@pytest.mark.parametrize("card", ["air", "laptop"])
+@pytest.mark.parametrize("loss_first", [False, True])
+def test_a_fan_and_the_sensor_fail_together(card: str, loss_first: bool) -> None:
+    """For an hour, in a room that gets 5 °C warmer: below the target all along, and nothing throttles."""
+    run = scenario("steady", 35.0, 1.5)
+    ticks = []
+    for i, tick in enumerate(run.ticks):
+        at = i / len(run.ticks)
+        sensor, airflow = not 0.31 < at < 0.98, 0.4 if at > (0.35 if loss_first else 0.30) else 1.0
+        ticks.append(replace(tick, ambient_c=35.0 + 5.0 * at, sensor=sensor, airflow=airflow))
+    f = simulate(Scenario("both", 35.0, tuple(ticks)), HomeostasisConfig(), model=CARDS[card], best=(1.0, 1.0))[0]
+    assert f.temp_max_c < TARGET + 1 and f.throttle_s == 0 and f.trips == 0
 
 
 def test_the_model_settles_where_the_resistances_say() -> None:
@@ -151,6 +169,8 @@ def test_the_command_prints_a_table_and_draws(tmp_path: object) -> None:
     assert table.exit_code == 0 and "ramp" in table.stdout
 
 
-@pytest.mark.parametrize("wrong", [["--mode", "x"], ["--scenario", "x"], ["--hours", "-1"], ["--plot", "/no/such/folder/x.svg"]])
+@pytest.mark.parametrize(
+    "wrong", [["--mode", "x"], ["--scenario", "x"], ["--card", "x"], ["--hours", "-1"], ["--plot", "/no/such/folder/x.svg"]]
+)
 def test_wrong_usage(wrong: list[str]) -> None:
     assert CliRunner().invoke(app, ["simulate", *wrong]).exit_code == 2

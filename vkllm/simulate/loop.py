@@ -1,4 +1,4 @@
-"""Run a scenario: plant, sensor and controller in steps of half a second, and the figures that come of it."""
+"""Run a scenario: plant, sensor and controller in steps of a reading, and the figures that come of it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 from array import array
 from dataclasses import dataclass, field
 
-from vkllm.homeostasis import HomeostasisConfig, initial_state, next_state
+from vkllm.homeostasis import SAMPLE_S, HomeostasisConfig, initial_state, next_state
 from vkllm.sensors.simulated import SimulatedSensor, ThermalModel, ThermalPlant
 from vkllm.simulate.scenarios import TICK_S, Scenario
 
-STEP_S = 0.5
+STEP_S = SAMPLE_S
+CONSTANT_STEP_S = 0.5  # a constant duty needs no readings; the model is as good
 TOLERANCE_C = 1.0  # "over target" begins here
 SETTLE_S = 600.0  # of the start, left out of temp_std_c and held_share
 DUTY_STEPS = 1000  # resolution of the search for the best constant duty
@@ -78,8 +79,8 @@ def _constant(run: Scenario, duty: float, limit_c: float, model: ThermalModel | 
     for tick in run.ticks:
         plant.ambient_c, plant.airflow, plant.intensity = tick.ambient_c, tick.airflow, tick.intensity
         busy = min(duty, tick.demand)
-        for _ in range(round(TICK_S / STEP_S)):
-            step(STEP_S, busy)
+        for _ in range(round(TICK_S / CONSTANT_STEP_S)):
+            step(CONSTANT_STEP_S, busy)
             if plant.die_c > limit:
                 return None
     return plant.work_s
@@ -98,7 +99,7 @@ def simulate(
         best = best_constant_duty(run, config.target_c, model)
     plant = ThermalPlant(model, run.ticks[0].ambient_c)
     sensor = SimulatedSensor(plant, seed)
-    state, now = initial_state(config), 0.0
+    state = initial_state(config)
     temps, duties, heated = array("d"), array("d"), bytearray()  # every step; is it heat that limits?
     for tick in run.ticks:
         plant.ambient_c, plant.airflow, plant.intensity = tick.ambient_c, tick.airflow, tick.intensity
@@ -110,8 +111,7 @@ def simulate(
             temps.append(plant.die_c)
             duties.append(state.duty)
             heated.append(allowed < tick.demand - 0.01 and tick.sensor)
-            now += STEP_S
-            state = next_state(config, state, sensor.read(), now)
+            state = next_state(config, state, sensor.read(), plant.time_s)
     settled = temps[int(SETTLE_S / STEP_S) :] or temps
     mean = math.fsum(settled) / len(settled)
     low, high = config.target_c - TOLERANCE_C, config.target_c + TOLERANCE_C

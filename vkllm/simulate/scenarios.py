@@ -14,11 +14,24 @@ from itertools import pairwise
 from vkllm.errors import ConfigError
 
 TICK_S = 5.0
-SCENARIOS = ("steady", "swing", "burst", "fan-failure", "sensor-loss", "day")
+SCENARIOS = ("steady", "swing", "burst", "fan-failure", "sensor-loss", "blind", "day")
 SWING_C = 6.0  # the day's ambient: this much above and below
 FAILED_AIRFLOW = 0.4  # of the air when a fan has failed
-FAN_FAILURE = (0.50, 0.58)  # of the run: about two hours of a day
-SENSOR_LOSS = ((0.25, 0.257), (0.70, 0.7002))  # ten minutes of a day, and some seconds
+TWENTY_MINUTES = 20 / 1440  # of a day
+
+Span = tuple[float, float]  # from and to, as shares of the run
+HALF_PAST = (0.50, 0.58)  # about two hours of a day
+FAN_FAILURES: dict[str, tuple[Span, ...]] = {
+    "fan-failure": (HALF_PAST,),
+    "blind": ((0.255, 0.29), HALF_PAST),
+    "day": (HALF_PAST,),
+}
+LOSSES = ((0.25, 0.25 + TWENTY_MINUTES), (0.70, 0.7002))  # twenty minutes, and some seconds
+SENSOR_LOSSES: dict[str, tuple[Span, ...]] = {
+    "sensor-loss": LOSSES,
+    "blind": ((0.25, 0.25 + TWENTY_MINUTES), (0.52, 0.52 + TWENTY_MINUTES)),  # the fan fails after it, and before it
+    "day": LOSSES,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +60,8 @@ class Scenario:
 
 
 def scenario(name: str, ambient_c: float = 35.0, hours: float = 24.0, seed: int = 1) -> Scenario:
-    """One of SCENARIOS. `day` has all of it: swing, bursts, the fan failure and the lost sensor.
+    """One of SCENARIOS. `day` has swing, bursts, the fan failure and the lost sensor; `blind` a fan failure beside a lost sensor,
+    in either order.
 
     Raises: ConfigError: the name is unknown, or the run is shorter than a minute or longer than a year.
     """
@@ -56,16 +70,19 @@ def scenario(name: str, ambient_c: float = 35.0, hours: float = 24.0, seed: int 
     if not 1 / 60 <= hours <= 8784:
         raise ConfigError(f"a run of {hours} hours", "choose something between a minute and a year")
     count = round(hours * 3600 / TICK_S)
-    has = {name} if name != "day" else set(SCENARIOS)
-    loads = _loads(count, random.Random(seed)) if "burst" in has else [(1.0, 1.0)] * count
+    loads = _loads(count, random.Random(seed)) if name in ("burst", "day") else [(1.0, 1.0)] * count
+    swing_c = SWING_C if name in ("swing", "day") else 0.0
     ticks = []
     for i, (demand, intensity) in enumerate(loads):
         at = i / count
-        ambient = ambient_c - SWING_C * math.cos(math.tau * at) if "swing" in has else ambient_c
-        failed = "fan-failure" in has and FAN_FAILURE[0] <= at < FAN_FAILURE[1]
-        lost = "sensor-loss" in has and any(a <= at < b for a, b in SENSOR_LOSS)
-        ticks.append(Conditions(ambient, demand, intensity, FAILED_AIRFLOW if failed else 1.0, not lost))
+        ambient = ambient_c - swing_c * math.cos(math.tau * at)
+        airflow = FAILED_AIRFLOW if _within(at, FAN_FAILURES.get(name, ())) else 1.0
+        ticks.append(Conditions(ambient, demand, intensity, airflow, not _within(at, SENSOR_LOSSES.get(name, ()))))
     return Scenario(name, ambient_c, tuple(ticks))
+
+
+def _within(at: float, spans: tuple[Span, ...]) -> bool:
+    return any(start <= at < end for start, end in spans)
 
 
 def _loads(count: int, rng: random.Random) -> list[tuple[float, float]]:
