@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
+import numpy as np
+
 from vkllm.errors import ConfigError, UnsupportedModelError
 
 RopePairing = Literal["interleaved", "half"]
@@ -31,7 +33,8 @@ class Traits:
     `rope_pairing`: which dimensions RoPE turns together, (2i, 2i+1) or (i, i + rope_dim/2). `honours`: the keys of NEUTRAL,
     WINDOW and EXPERTS that its graph implements. `global_every`: of layers with windows, each of that number sees everything (2:
     every other one; 0: none). `rope_theta_local`: RoPE's base in layers with a window, where it differs. `default_window`: the
-    window where the file does not tell.
+    window where the file does not tell. `n_layer_wide`: the model with so many layers scales scores by 1 / sqrt(n_embd / n_head), and
+    its GGUF files do not say so.
     """
 
     rope_pairing: RopePairing
@@ -39,6 +42,7 @@ class Traits:
     global_every: int = 0
     rope_theta_local: float | None = None
     default_window: int = 0
+    n_layer_wide: int = 0
 
 
 TRAITS: dict[str, Traits] = {
@@ -46,8 +50,8 @@ TRAITS: dict[str, Traits] = {
     "qwen2": Traits("half"),
     "qwen3": Traits("half"),
     "qwen3moe": Traits("half", EXPERTS),
-    "gemma2": Traits("half", SOFTCAPS | WINDOW, global_every=2, default_window=4096),
-    "gemma3": Traits("half", SOFTCAPS | WINDOW, global_every=6, rope_theta_local=10000.0),
+    "gemma2": Traits("half", SOFTCAPS | WINDOW, global_every=2, default_window=4096, n_layer_wide=46),
+    "gemma3": Traits("half", SOFTCAPS | WINDOW, global_every=6, rope_theta_local=10000.0, n_layer_wide=62),
     "phi3": Traits("half", WINDOW),
     "granite": Traits("interleaved", SCALES),
     "gpt-oss": Traits("half", WINDOW | EXPERTS, global_every=2),
@@ -211,7 +215,7 @@ class ModelConfig:
         head_dim, n_layer = _head_dim(meta, arch, n_embd, n_head), meta.integer(f"{arch}.block_count")
         n_expert = meta.integer(f"{arch}.expert_count", 0, least=0)
         n_ff = meta.integer(f"{arch}.feed_forward_length", None if not n_expert else 0, least=0 if n_expert else 1)
-        window = _window(meta, arch, traits)
+        window, wide = _window(meta, arch, traits), n_layer == traits.n_layer_wide
         return cls(
             arch=arch,
             name=meta.text("general.name", ""),
@@ -234,7 +238,7 @@ class ModelConfig:
             window_pattern=_window_pattern(meta, arch, traits, n_layer) if window else 0,
             attn_softcap=meta.number(f"{arch}.attn_logit_softcapping", 0.0),
             final_softcap=meta.number(f"{arch}.final_logit_softcapping", 0.0),
-            attention_scale=meta.number(f"{arch}.attention.scale", 0.0) or None,
+            attention_scale=meta.number(f"{arch}.attention.scale", (n_embd / n_head) ** -0.5 if wide else 0.0) or None,
             embedding_scale=meta.number(f"{arch}.embedding_scale", 1.0),
             residual_scale=meta.number(f"{arch}.residual_scale", 1.0),
             logit_scale=meta.number(f"{arch}.logit_scale", 1.0),
@@ -291,7 +295,7 @@ def _window(meta: _Metadata, arch: str, traits: Traits) -> int:
 def _window_pattern(meta: _Metadata, arch: str, traits: Traits, n_layer: int) -> int | tuple[bool, ...]:
     key = f"{arch}.attention.sliding_window_pattern"
     pattern = meta.pairs.get(key)
-    if not isinstance(pattern, list):
+    if not isinstance(pattern, list | np.ndarray):
         return meta.integer(key, traits.global_every, least=0)
     if len(pattern) < n_layer:
         raise ConfigError(f"{key} has {len(pattern)} entries for {n_layer} layers", hint="convert the model again")

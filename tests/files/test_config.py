@@ -125,6 +125,7 @@ def test_rope_scaling() -> None:
         ("gemma2", {}, (0, 0)),
         ("gemma2", {"context_length": 8192}, (4096, 0)),
         ("gemma3", {"attention.sliding_window": 8, "attention.sliding_window_pattern": [False, True]}, (0, 8)),
+        ("gemma3", {"attention.sliding_window": 8, "attention.sliding_window_pattern": np.array([False, True])}, (0, 8)),
         ("gpt-oss", {"attention.sliding_window": 8}, (8, 0)),
     ],
 )
@@ -136,6 +137,15 @@ def test_windows(arch: str, changes: dict[str, object], windows: tuple[int, ...]
 def test_a_pattern_of_windows_that_is_too_short() -> None:
     with pytest.raises(ConfigError, match="1 entries for 2 layers"):
         ModelConfig.from_gguf(metadata(**{"attention.sliding_window": 8, "attention.sliding_window_pattern": [True]}))
+
+
+def test_the_scale_of_the_largest_gemma() -> None:
+    """Gemma 2 27B: 46 layers, 32 heads of 128, 4608 wide. Its files have no key for the scale."""
+    large = {"block_count": 46, "embedding_length": 4608, "attention.head_count": 32, "attention.key_length": 128}
+    large |= {"attention.value_length": 128}
+    assert ModelConfig.from_gguf(metadata("gemma2", **large)).attention_scale == pytest.approx(1 / 12)
+    assert ModelConfig.from_gguf(metadata("gemma2", **(large | {"attention.scale": 0.5}))).attention_scale == 0.5
+    assert ModelConfig.from_gguf(metadata("gemma2", **(large | {"block_count": 42}))).attention_scale is None
 
 
 def test_experts() -> None:
