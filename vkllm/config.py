@@ -33,8 +33,8 @@ class Traits:
     `rope_pairing`: which dimensions RoPE turns together, (2i, 2i+1) or (i, i + rope_dim/2). `honours`: the keys of NEUTRAL,
     WINDOW and EXPERTS that its graph implements. `global_every`: of layers with windows, each of that number sees everything (2:
     every other one; 0: none). `rope_theta_local`: RoPE's base in layers with a window, where it differs. `default_window`: the
-    window where the file does not tell. `n_layer_wide`: the model with so many layers scales scores by 1 / sqrt(n_embd / n_head), and
-    its GGUF files do not say so.
+    window where the file does not tell. `n_layer_wide`: the model with so many layers scales scores by 1 / sqrt(n_embd / n_head),
+    and its GGUF files do not say so.
     """
 
     rope_pairing: RopePairing
