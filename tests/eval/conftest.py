@@ -15,6 +15,11 @@ from vkllm.quantize.mixes import file_type
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.fixture(autouse=True)
+def _with_a_device(device: object) -> None:
+    """Nearly all of these tests run a model: they skip where no device is."""
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """tiny("Q4_K_M"): the packaged model in that type, made once."""

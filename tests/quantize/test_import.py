@@ -289,7 +289,7 @@ def test_the_command(source: Path, tmp_path: Path) -> None:
     assert "choose one of F32, F16" in stderr
 
 
-def test_an_imported_model_runs(tmp_path: Path) -> None:
+def test_an_imported_model_runs(device: object, tmp_path: Path) -> None:
     from vkllm.engine import LLMEngine
     from vkllm.sampler import SamplingParams
 
