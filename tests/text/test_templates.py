@@ -5,7 +5,10 @@ Every expected prompt is written out by hand from the model's documentation, wit
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -717,3 +720,40 @@ def test_harmony() -> None:
     assert answered.endswith("<|channel|>final<|message|>21 °C.<|return|>") and "analysis<|message|>Ask" not in answered
     with pytest.raises(RequestError, match="no previous assistant message"):
         render(HARMONY, [user("x"), RESULT])
+
+
+# -- the files themselves, against transformers ---------------------------------------------------------------------------------
+CONVERSATIONS: list[list[Message]] = [
+    [user("Hi <b> é")],
+    [system(" Be brief. "), user(" 1 "), assistant(" <think>\nhm\n</think>\n\n2"), user("3")],
+    [user("How warm?"), CALL, RESULT],
+    [system("x"), user("How warm?"), CALL | {"content": None}, RESULT, assistant("21"), user("Sure?")],
+]
+
+
+def test_templates_of_real_models_as_transformers_renders_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every template of a llama.cpp checkout, where there is one; both refuse the same conversations."""
+    folder = os.environ.get("LLAMA_CPP_MODELS")
+    if not folder:
+        pytest.skip("LLAMA_CPP_MODELS is not set to the folder `models` of a llama.cpp checkout")
+    theirs = pytest.importorskip("transformers.utils.chat_template_utils", reason="pip install transformers")
+    monkeypatch.setattr("vkllm.chat.datetime", datetime)
+    paths = sorted(Path(folder, "templates").glob("*.jinja"))
+    assert len(paths) > 30
+    n_rendered = 0
+    for path in paths:
+        template = path.read_text()
+        for messages, tools, prompt in product(CONVERSATIONS, (None, TOOLS), (True, False)):
+            tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+            try:
+                expected = theirs._compile_jinja_template(template).render(
+                    messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **tokens
+                )
+            except Exception:  # whatever a template's expressions raise
+                with pytest.raises(RequestError):
+                    render(template, messages, tools=tools, add_generation_prompt=prompt, **tokens)
+                continue
+            found = render(template, messages, tools=tools, add_generation_prompt=prompt, **tokens)
+            assert found == expected, (path.name, messages, bool(tools), prompt)
+            n_rendered += 1
+    assert n_rendered > len(paths)
