@@ -16,7 +16,7 @@ from vkllm_codegen import Block, Buffer, Kernel, Value, f32, f32x4, kernel, read
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.reference import NO_ID
 
-MINUS_INFINITY = 0xFF800000
+MINUS_INFINITY, NAN = 0xFF800000, 0x7FC00000
 MAX_EXPERTS, MAX_USED = 256, 16
 MAX_TILED_ROWS = 1 << 16
 WORKGROUP = 32
@@ -46,7 +46,7 @@ class RouteSpec:
 def route(spec: RouteSpec) -> Kernel:
     """logits f32 [n_token, x_stride] → ids u32, weights f32, both [n_token, n_used], best first. Dispatch: (n_token, 1, 1).
 
-    Ties go to the lower id. NaN counts as -inf, so that ids are always those of experts; where all logits are NaN, weights are.
+    Ties go to the lower id. NaN counts as -inf, so that ids are always those of experts; one NaN makes all weights NaN.
     Push: x_stride: floats a row of logits.
     """
     held = range(-(-spec.n_expert // spec.lanes))  # lane l has experts l, l + lanes, …
@@ -66,10 +66,12 @@ def route(spec: RouteSpec) -> Kernel:
 
         # 1. Each lane loads its experts' logits; those that do not exist come after all others.
         experts = [lane + i * spec.lanes for i in held]
-        values = []
+        values, n_nan = [], b.const(u32, 0)
         for e in experts:
             v = logits[token * x_stride + b.min(e, spec.n_expert - 1)]
+            n_nan = n_nan + b.select(b.isnan(v), b.const(u32, 1), 0)
             values.append(b.select(b.isnan(v) | (e >= spec.n_expert), lowest, v))
+        damaged = b.subgroup_max(n_nan) > 0
 
         # 2. A turn for each expert used: the best after the last. All lanes know it; one keeps it.
         value, id = b.var(f32, lowest), b.var(u32, 0)
@@ -101,7 +103,8 @@ def route(spec: RouteSpec) -> Kernel:
             slot = lane + i * spec.lanes
             with b.when(slot < spec.n_used):
                 ids[token * spec.n_used + slot] = kept_id[i].get()
-                weights[token * spec.n_used + slot] = b.exp(kept_value[i].get() - top) / total.get()
+                weight = b.exp(kept_value[i].get() - top) / total.get()
+                weights[token * spec.n_used + slot] = b.select(damaged, b.const(u32, NAN).bitcast(f32), weight)
 
     return body
 

@@ -61,8 +61,7 @@ def test_ids_are_those_of_experts_whatever_the_logits() -> None:
     expected = np.array([[0, 1, 2, 3, 4], [6, 0, 1, 2, 3], [1, 0, 2, 3, 4]], np.uint32)
     buffers = {"logits": logits, "ids": np.zeros((3, 5), np.uint32), "weights": np.zeros((3, 5), np.float32)}
     got = check_kernel(route(spec), {"ids": expected}, buffers, {"x_stride": 9}, {}, (3, 1, 1), subgroup_size=spec.lanes)
-    assert np.isnan(got["weights"][0]).all()
-    assert got["weights"][1].tolist() == [1, 0, 0, 0, 0]
+    assert np.isnan(got["weights"]).all()  # one NaN is enough: it must be found
 
 
 def test_counts_without_kernels_are_refused() -> None:
