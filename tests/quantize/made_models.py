@@ -49,7 +49,7 @@ def _outer(*, tied: bool, cols: int = 256) -> Shapes:
     return {"token_embd.weight": (4, cols), "output_norm.weight": (cols,)} | head
 
 
-EXTREMES = {"edges.weight": (12, 256), "token_embd.weight": (4, 256)}
+EXTREMES = {"edges.weight": (12, 256), "token_embd.weight": (4, 256), "experts.weight": (2, 12, 256)}
 
 MODELS = {
     "tied": Made("llama", 10, 4, 2, _dense(), _outer(tied=True)),
@@ -112,7 +112,9 @@ def write_model(path: Path, made: Made, damage: dict[str, float] | None = None) 
         writer.add_expert_count(made.n_expert)
         writer.add_expert_used_count(2)
     for seed, (name, shape) in enumerate(_all_tensors(made).items()):
-        values = edges() if name == "edges.weight" else weights(shape, seed)
+        values = weights(shape, seed)
+        if name in ("edges.weight", "experts.weight"):
+            values[...] = edges()
         if len(shape) == 1 or "gate_inp" in name:
             values = values.astype(np.float32)
         if damage and name in damage:

@@ -19,8 +19,8 @@ from vkllm.files import GGUFFile, packaged_models
 from vkllm.quantize.mixes import FILE_TYPES
 
 PINS = Path(__file__).with_name("llama_quantize.json")
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-LETTERS = dict(zip(TYPES, "fhb8ABCD23456", strict=True))
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
+LETTERS = dict(zip(TYPES, "fhb8ABCD23456m", strict=True))
 WITH_BYTES = ("edges", "tiny")
 
 

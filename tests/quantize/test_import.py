@@ -274,7 +274,7 @@ def test_the_command(source: Path, tmp_path: Path) -> None:
     assert (code, stderr) == (0, "")
     assert report["file_type"] == "Q4_K_M"
     assert report["file_bytes"] == os.path.getsize(out)
-    assert sum(report["types"].values()) == 20
+    assert sum(report["types"].values()) == 21
     code, stdout, stderr = command(str(source), out)
     assert (code, stdout) == (1, "")
     assert "is there already" in stderr

@@ -10,7 +10,7 @@ from made_models import edges, weights
 from vkllm.errors import FileFormatError, UnsupportedQuantError
 from vkllm.quantize import TARGETS, quantize
 
-BY_GGUF = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+BY_GGUF = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 NMSE = {"Q2_K": 0.08857, "Q3_K": 0.02262, "Q4_K": 0.005071, "Q5_K": 0.001297, "Q6_K": 0.0003111}
 """Measured, of normally distributed weights; Q4_0 has 0.007366."""
 
@@ -53,7 +53,7 @@ def test_what_is_no_number_is_refused_by_name(kind: str, value: float) -> None:
         quantize(values, kind, "blk.0.ffn_up.weight")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TARGETS if kind not in ("F32", "BF16")])
+@pytest.mark.parametrize("kind", [kind for kind in TARGETS if kind not in ("F32", "BF16", "MXFP4")])
 def test_weights_that_a_type_cannot_hold_are_refused_by_name(kind: str) -> None:
     values = normal(2, 256)
     values[1, 7] = 1e30

@@ -11,10 +11,11 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from vkllm.quantize.search import Affine, descend_symmetric, search_affine, search_symmetric
+from vkllm.quantize.search import ONE, Affine, descend_symmetric, search_affine, search_symmetric
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
+MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 def finite_f16(x: F32) -> NDArray[np.float16]:
@@ -239,6 +240,19 @@ def q6_k(x: F32) -> U8:
     return np.concatenate([low, _join_quarters(blocks, 4), whole.view(np.uint8), _f16(d)], axis=1)
 
 
+def mxfp4(x: F32) -> U8:
+    """A power of two as its exponent, then nibbles: of sixteen values, the nearest to each weight."""
+    greatest = np.abs(x).max(axis=1)
+    exponent = np.where(greatest > 0, np.clip(np.floor(np.log2(greatest)) + 125, 0, 254), 0).astype(np.uint8)
+    scale = np.ldexp(ONE, exponent.astype(np.int32) - 128)[:, None]  # the values are twice those of the format
+    codes, best = np.zeros(x.shape, np.uint8), np.abs(x)
+    for code, value in enumerate(MXFP4_VALUES):
+        error = np.abs(np.float32(value) * scale - x)
+        np.copyto(codes, np.uint8(code), where=error < best)
+        np.minimum(best, error, out=best)
+    return np.concatenate([exponent[:, None], _join_halves(codes)], axis=1)
+
+
 QUANTIZERS: dict[str, Callable[[F32], U8]] = {
     "Q4_0": q4_0,
     "Q4_1": q4_1,
@@ -250,4 +264,5 @@ QUANTIZERS: dict[str, Callable[[F32], U8]] = {
     "Q4_K": q4_k,
     "Q5_K": q5_k,
     "Q6_K": q6_k,
+    "MXFP4": mxfp4,
 }

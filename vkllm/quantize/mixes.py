@@ -46,6 +46,7 @@ FILE_TYPES: dict[str, FileType] = {
         FileType(16, "Q5_K_S", "Q5_K"),
         FileType(17, "Q5_K_M", "Q5_K"),
         FileType(18, "Q6_K", "Q6_K"),
+        FileType(38, "MXFP4_MOE", "MXFP4"),
     )
 }
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
@@ -168,6 +169,8 @@ class _Chooser:
 
     def _wanted(self, tensor: TensorInfo) -> str:
         name, base = tensor.name, self.target.base
+        if base == "MXFP4":  # experts only
+            return "MXFP4" if len(tensor.shape) > 2 and tensor.shape[-3] > 1 else "Q8_0"
         if name == "output.weight" or (self.tied and name in EMBEDDINGS):
             if tensor.shape[-1] % TYPES[base].block_size:
                 return "Q8_0"
