@@ -17,7 +17,7 @@ from vkllm_shaders.reference import NO_ID, tiles
 from vkllm_shaders.reference_matmul import dequantize, experts, linear, rmsnorm, rotate, swiglu, swiglu_oai
 
 sys.path.insert(0, str(Path(__file__).parent))
-from check import check_kernel, lanes
+from check import check_kernel, lanes, nmse
 from test_formats import random_blocks
 
 EPS = 1e-5
@@ -75,8 +75,8 @@ class Case:
         size = None if self.spec.layout.kind == "lane_row" else self.spec.subgroup
         return check_kernel(kernel, outputs, buffers, self.push, {}, groups, max_nmse=max_nmse, subgroup_size=size, **options)
 
-    def check(self, max_nmse: float = 1e-6, **options: Any) -> None:
-        """The row-wise epilogues, into a y with room to the left and right that must stay as it is."""
+    def check(self, max_nmse: float = 1e-6, **options: Any) -> float:
+        """The row-wise epilogues, into a y with room to the left and right that must stay as it is. Returns: the NMSE."""
         spec, rng = self.spec, np.random.default_rng(1)
         n = int(self.push["n_row"])
         self.push |= {"y_stride": n + 5, "first_row": 3}
@@ -90,6 +90,7 @@ class Case:
         self.buffers["y"] = before
         got = self.run({"y": expected}, max_nmse, **options)["y"].reshape(before.shape)
         assert np.array_equal(np.delete(got, np.s_[3 : 3 + n], axis=1), np.delete(before, np.s_[3 : 3 + n], axis=1))
+        return nmse(got[:, 3 : 3 + n], result)
 
     def check_qkv(self, n_head: int, n_kv: int, first_head: int = 0) -> None:
         """q, and the cache rows of k and v; `first_head`: where in q;k;v these parts begin."""
@@ -140,10 +141,13 @@ SHAPES = {1: (172, 32, 256), 32: (32, 896, 64), 256: (256, 768, 256)}
 @pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])
 @pytest.mark.parametrize("tile", [1, 8])
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_formats_and_shapes(fmt: str, tile: int, kind: str) -> None:
-    spec = spec_of(fmt, kind, tile=tile)
+def test_formats_and_shapes(fmt: str, tile: int, kind: str, figure: Any) -> None:
+    spec, errors = spec_of(fmt, kind, tile=tile), []
     for i, (n_row, n_token) in enumerate([(7, 1), (100, 2), (33, 3)] if tile == 1 else [(32, 8), (1, 3), (100, 13)]):
-        Case(spec, (n_row,), SHAPES[FORMATS[fmt].block][i], n_token, seed=i).check(interpreted=i == 0 and tile == 1)
+        case = Case(spec, (n_row,), SHAPES[FORMATS[fmt].block][i], n_token, seed=i)
+        errors.append(case.check(interpreted=i == 0 and tile == 1))
+    product = "matvec" if tile == 1 else "GEMM"
+    figure(fmt, "gguf's dequantize, float64", f"NMSE, {product}, {kind}, f32 activations", max(errors), 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])
@@ -184,11 +188,12 @@ def as_q8(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])
 @pytest.mark.parametrize("tile", [1, 4])
 @pytest.mark.parametrize("fmt", [f.name for f in FORMATS.values() if f.n_sub])
-def test_int8_activations_are_as_good_as_llama_cpp(fmt: str, tile: int, kind: str) -> None:
+def test_int8_activations_are_as_good_as_llama_cpp(fmt: str, tile: int, kind: str, figure: Any) -> None:
     case = Case(spec_of(fmt, kind, tile=tile, activations="int8"), (100,), 512, 5)
     peer = linear(case.weights, as_q8(case.x))
     error = np.sum((peer - case.y) ** 2) / np.sum(case.y**2)
-    case.check(max_nmse=1.2 * error)
+    found, product = case.check(max_nmse=1.2 * error), "matvec" if tile == 1 else "GEMM"
+    figure(fmt, "8 bits as llama.cpp's CPU backend rounds", f"NMSE, {product}, {kind}, int8 activations", found, 1.2 * error)
 
 
 @pytest.mark.parametrize("tile", [1, 4])
