@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,16 +31,26 @@ def measured(model: Path, activations: str) -> module.Perplexity:
 
 @pytest.mark.parametrize("activations", ["f32", "int8"])
 @pytest.mark.parametrize("kind", TINY)
-def test_the_packaged_model_as_llama_perplexity_finds_it(kind: str, activations: str, tiny: Callable[[str], Path]) -> None:
+def test_the_packaged_model_as_llama_perplexity_finds_it(
+    kind: str, activations: str, tiny: Callable[[str], Path], figure: Any
+) -> None:
     found, (ppl, error) = measured(tiny(kind), activations), TINY[kind]
+    figure(
+        f"tiny {kind}, {activations}",
+        "llama-perplexity",
+        "relative difference of the perplexity",
+        abs(found.ppl / ppl - 1),
+        0.005,
+    )
     assert found.ppl == pytest.approx(ppl, rel=0.005)
     assert found.error == pytest.approx(error, rel=0.02)
     assert (found.n_token, found.n_chunk) == (8 * 127, 8)
 
 
 @pytest.mark.parametrize("kind", STORIES260K)
-def test_stories260k_as_llama_perplexity_finds_it(kind: str, shared_data: Path) -> None:
+def test_stories260k_as_llama_perplexity_finds_it(kind: str, shared_data: Path, figure: Any) -> None:
     found, (ppl, error) = measured(shared_data / "stories260K" / f"stories260K-{kind}.gguf", "auto"), STORIES260K[kind]
+    figure(f"stories260K {kind}", "llama-perplexity", "relative difference of the perplexity", abs(found.ppl / ppl - 1), 0.005)
     assert found.ppl == pytest.approx(ppl, rel=0.005)
     assert found.error == pytest.approx(error, rel=0.02)
 

