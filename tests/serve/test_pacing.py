@@ -51,6 +51,15 @@ def pacer(plant: Plant) -> Iterator[HomeostasisPacer]:
     pacer.close()
 
 
+def test_the_history_is_coarser_than_the_controller(plant: Plant, pacer: HomeostasisPacer) -> None:
+    for _ in range(10):
+        plant.now_s += 0.2
+        pacer.poll()
+    times = [sample.time_s for sample in pacer.samples]
+    assert 3 <= len(times) <= 5
+    assert all(b - a >= 0.5 for a, b in zip(times, times[1:], strict=False))
+
+
 def test_cool_hot_tripped_lost(plant: Plant, pacer: HomeostasisPacer) -> None:
     plant.pass_time(pacer, 60)
     assert pacer.pace(1.0) < 0.05 and pacer.batch_limit is None

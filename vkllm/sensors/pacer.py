@@ -31,7 +31,7 @@ from vkllm.homeostasis import (
 from vkllm.sensors import Sensor
 from vkllm.sensors.energy import EnergyMeter
 
-HISTORY = 7200  # an hour of half seconds
+HISTORY = round(3600 / SAMPLE_S)  # an hour
 IDLE_S = 5.0  # no submit ended for so long: idle; before that, one may be running
 SLOWED: frozenset[Throttle] = frozenset({"thermal", "power_brake"})  # a power cap is how many devices run normally
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vkllm.serve")
 SAMPLES = 1200  # ten minutes of half seconds
+STEP_S = 0.5  # at least, between samples: the controller reads more often than anybody looks
 RATE_S = 4.0  # tokens a second are a mean over so long
 ENERGY_S = 60.0  # and joules a token over so long
 
@@ -73,9 +74,11 @@ class HomeostasisPacer(ThermalPacer):
         self._batch = batch
 
     def poll(self) -> State:
-        """As ThermalPacer.poll; the result becomes a sample."""
-        state = super().poll()
-        now, tokens = self._clock(), self._batch.stats.completion_tokens if self._batch else 0
+        """As ThermalPacer.poll; every half second the result becomes a sample."""
+        state, now = super().poll(), self._clock()
+        if self.samples and 0 <= now - self.samples[-1].time_s < STEP_S:
+            return state
+        tokens = self._batch.stats.completion_tokens if self._batch else 0
         before = _first_since(self.samples, now - RATE_S)
         span = now - before.time_s if before else 0.0
         rate = max(0, tokens - before.tokens) / span if before and span > 0 else 0.0
