@@ -19,7 +19,7 @@ STAGES = (
     *("vk",),  # devices; the only part that loads the native module
     *("plan", "models", "expand", "weights", "rope", "packing", "kernel_cache", "schedule", "kernels", "memory"),  # the plan, and what it becomes
     *("kv_cache", "scheduler", "sampler", "homeostasis", "sensors", "simulate"),  # policies
-    *("chain", "reference", "engine", "batching", "diff", "benchmark", "doctor", "soak", "soak_cli", "serve"),
+    *("chain", "reference", "engine", "batching", "diff", "benchmark", "profile", "profile_cli", "doctor", "soak", "soak_cli", "serve"),
     *("perplexity", "evaluate", "evaluate_plot", "perplexity_cli"),
     *("homeostasis_cli", "import_cli", "cli", "__main__"),
 )

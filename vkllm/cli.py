@@ -30,6 +30,7 @@ from vkllm.homeostasis_cli import app as homeostasis
 from vkllm.hub_cli import list_models, pull_model, pulled_model, remove_model
 from vkllm.import_cli import import_model
 from vkllm.perplexity_cli import eval_quant, perplexity
+from vkllm.profile_cli import profile_model
 from vkllm.serve.command import serve
 from vkllm.soak_cli import soak
 from vkllm_codegen.errors import HintedError
@@ -467,6 +468,7 @@ def shaders(out: Annotated[Path, typer.Argument(help="Folder for .spv, .spvasm, 
 
 app.command()(serve)
 app.command()(soak)
+app.command("profile")(profile_model)
 app.command("import")(import_model)
 app.command("pull")(pull_model)
 app.command("list")(list_models)
