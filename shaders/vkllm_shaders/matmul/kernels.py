@@ -1,0 +1,41 @@
+"""Matrix products as kernels."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from vkllm_codegen import Block, Buffer, Kernel, Value, trace
+from vkllm_shaders.matmul.body import Body
+from vkllm_shaders.matmul.spec import MatmulSpec, bindings, push_constants
+
+
+@cache
+def matmul(spec: MatmulSpec) -> Kernel:
+    """The kernel of a spec. Dispatch: spec.groups(length of the row order, n_token).
+
+    Bindings, in this order, those not needed left out (texels in lane_row, storage buffers in lane_chunk):
+        w       u32x4 texels, packed by formats.pack with row_order(epilogue, …)
+        x       f32x4 texels [row, x_stride]. The row must be zero (not NaN) from n_col to the next multiple of 64 floats: the
+                padding of w is zero too, but NaN times zero is NaN, and sum(x²) counts it.
+        norm_w  f32x4 texels [n_col], padded like x: finite there
+        bias    f32 in packed row order (formats.pack_vector)
+        y       f32 [n_token, y_stride]; "residual" adds to it; or, for "qkv":
+        q       f32 [n_token, n_head * head_dim]; k, v: f16 [slots, n_kv_head, head_dim];
+        rope    f32x4 texels of f32 [positions, head_dim / 2, 2]
+        ids     u32 [n_token]: for experts, the one of each row of y; or, for tiles, u32 [n_tile] the one of each tile, and
+        rows    u32 [n_tile, tile]: its rows of y; NO_SLOT for none, in both (anything, where the tile has no expert)
+        params  u32 [6, capacity]: for "qkv" (positions, slots) and for gather (output rows)
+    Push: n_chunk: chunks a row (Format.n_chunk); n_group: row groups of w; x_stride: texels a row of x; n_token: rows to compute;
+        n_row: rows of y that these weights make ("swiglu": of the gate; "qkv": of the parts together); first_row: y's first of
+        them ("qkv": counted over q, k, v one below the other); n_col and eps: for the norm; capacity: T of params;
+        y_stride: floats a row of y. For experts n_token counts rows of y (tokens times experts used), n_group and n_row are
+        those of one expert, and row i of y reads row i // n_share of x.
+    Nothing is written for rows from n_row and tokens from n_token on; a cache slot of 0xFFFFFFFF is not written.
+    """
+    local = spec.lanes * (1 if spec.on_lavapipe else spec.subgroups)
+    doc = "y[t, row] = epilogue(sum_k weight[row, k] * norm(x)[t, k] + bias[row])"
+
+    def body(b: Block, bufs: dict[str, Buffer], push: dict[str, Value]) -> None:
+        Body(b, spec, bufs, push).emit()
+
+    return trace(spec.name, bindings(spec), push_constants(spec), {}, local, body, doc)
