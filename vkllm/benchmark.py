@@ -9,16 +9,24 @@ from pathlib import Path
 
 import numpy as np
 
+from vkllm.chain import Rows, Span
 from vkllm.config import ModelConfig, RuntimeConfig
 from vkllm.engine import LLMEngine
 from vkllm.errors import RequestError
 from vkllm.files import open_model
 from vkllm.sampler import SamplingParams
 
+SHALLOW = 16  # tokens before the decode steps that deep ones are compared with
+TURN = 4  # steps at one depth before the other one's turn
+
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """Medians over the runs. Rates in tokens per second, `tg_gb_s`: 1e9 bytes of weights; `busy`: CPUs that others used."""
+    """Medians over the runs. Rates in tokens per second, `tg_gb_s`: 1e9 bytes of weights; `busy`: CPUs that others used.
+
+    `shallow_tok_s`, `deep_tok_s`: decode after SHALLOW and after `depth` tokens, `fill_tok_s`: the prefill up to there; all 0
+    where no depth was asked for.
+    """
 
     model: str
     device: str
@@ -36,6 +44,10 @@ class BenchReport:
     file_bytes: int
     dispatches_per_token: int
     dispatches_per_layer: float
+    depth: int
+    fill_tok_s: float
+    shallow_tok_s: float
+    deep_tok_s: float
     busy: float
 
 
@@ -54,13 +66,16 @@ def cpu_ticks() -> tuple[float, float]:
     return busy / 100.0, time.process_time()
 
 
-def benchmark(model: str, runtime: RuntimeConfig, n_prompt: int, n_generate: int, repeat: int) -> BenchReport:
+def benchmark(model: str, runtime: RuntimeConfig, n_prompt: int, n_generate: int, repeat: int, depth: int = 0) -> BenchReport:
     """Load `model`, then time `repeat` prefills of `n_prompt` random tokens and `repeat` runs of `n_generate` decode steps.
 
+    `depth`: also fill the cache with so many tokens, and time decode steps after them and after SHALLOW tokens, in turns.
     `ttft_s` is the time from the call that loads the model to the first token of a one-token prompt.
     Raises: RequestError: more tokens than the context holds; otherwise as LLMEngine.init_model.
     """
-    runtime = replace(runtime, n_ctx=_context(model, runtime, max(n_prompt, n_generate + 2)))
+    runtime = replace(
+        runtime, n_ctx=_context(model, runtime, max(n_prompt, n_generate + 2, depth and max(depth, SHALLOW) + TURN))
+    )
     started = time.perf_counter()
     with LLMEngine.init_model(model, runtime) as engine:
         rng = np.random.default_rng(1)
@@ -71,6 +86,7 @@ def benchmark(model: str, runtime: RuntimeConfig, n_prompt: int, n_generate: int
         pp = [_prefill_rate(engine, prompt) for _ in range(repeat + 1)][1:] if n_prompt else [0.0]
         decode = SamplingParams(temperature=0.0, max_tokens=n_generate + 1, ignore_eos=True)
         tg = [engine.generate_result(prompt[:1], decode).timings.decode_tok_s for _ in range(repeat)] if n_generate else [0.0]
+        fill, shallow, deep = _by_depth(engine, depth, 4 * repeat) if depth else (0.0, 0.0, 0.0)
         wall, (busy1, own1) = time.perf_counter() - wall, cpu_ticks()
         tg_tok_s = statistics.median(tg)
         return BenchReport(
@@ -90,6 +106,10 @@ def benchmark(model: str, runtime: RuntimeConfig, n_prompt: int, n_generate: int
             file_bytes=engine.file.nbytes,
             dispatches_per_token=engine.chain.dispatches_per_token,
             dispatches_per_layer=engine.chain.dispatches_per_layer,
+            depth=depth,
+            fill_tok_s=fill,
+            shallow_tok_s=shallow,
+            deep_tok_s=deep,
             busy=max(0.0, (busy1 - busy0) - (own1 - own0)) / wall,
         )
 
@@ -100,7 +120,9 @@ def _context(model: str, runtime: RuntimeConfig, need: int) -> int:
         trained = ModelConfig.from_gguf(file).n_ctx
     n_ctx = runtime.n_ctx or min(max(need, 512), trained)
     if need > n_ctx:
-        raise RequestError(f"the runs need {need} positions; the context holds {n_ctx}", hint="lower -p and -n, or raise --n-ctx")
+        raise RequestError(
+            f"the runs need {need} positions; the context holds {n_ctx}", hint="lower -p, -n and --depth, or raise --n-ctx"
+        )
     return n_ctx
 
 
@@ -110,3 +132,24 @@ def _prefill_rate(engine: LLMEngine, prompt: list[int]) -> float:
     started = time.perf_counter()
     engine.prefill(prompt)
     return len(prompt) / (time.perf_counter() - started)
+
+
+def _by_depth(engine: LLMEngine, depth: int, turns: int) -> tuple[float, float, float]:
+    """Tokens per second of a prefill of `depth` tokens, of decode after SHALLOW and of decode after `depth` tokens: of the
+    median step. The two depths take turns of TURN steps, so that what else the machine does hits both."""
+    chunk = engine.runtime.prefill_chunk
+    ids = [int(i) for i in np.random.default_rng(2).integers(0, engine.config.n_vocab, depth)]
+    times: dict[int, list[float]] = {SHALLOW: [], depth: []}
+    with engine.scratch_sequence(max(depth, SHALLOW) + TURN) as table:
+        started = time.perf_counter()
+        for start in range(0, depth, chunk):
+            engine.chain.forward(Rows.of(Span(ids[start : start + chunk], start, table)))
+        fill_s = time.perf_counter() - started
+        for _ in range(turns):
+            for position, found in times.items():
+                for i in range(TURN):
+                    rows = Rows.of(Span(ids[:1], position + i, table, n_output=1))
+                    before = time.perf_counter()
+                    engine.chain.forward(rows)
+                    found.append(time.perf_counter() - before)
+    return depth / fill_s, 1.0 / statistics.median(times[SHALLOW]), 1.0 / statistics.median(times[depth])

@@ -402,6 +402,7 @@ def bench(
     n_prompt: Annotated[int, typer.Option("-p", min=0, help="Prompt tokens.")] = 512,
     n_generate: Annotated[int, typer.Option("-n", min=0, help="Generated tokens.")] = 128,
     repeat: Annotated[int, typer.Option("-r", min=1, help="Runs; the median counts.")] = 5,
+    depth: Annotated[int, typer.Option(min=0, help="Also decode after so many tokens; 0: do not.")] = 0,
     device: DeviceOption = None,
     n_ctx: ContextOption = None,
     activations: ActivationsOption = "auto",
@@ -412,7 +413,7 @@ def bench(
     from vkllm.benchmark import benchmark
 
     figures = benchmark(
-        model, runtime(device, n_ctx, activations, cache_type, progress=not as_json), n_prompt, n_generate, repeat
+        model, runtime(device, n_ctx, activations, cache_type, progress=not as_json), n_prompt, n_generate, repeat, depth
     )
     if as_json:
         print_json(asdict(figures))
