@@ -137,12 +137,12 @@ def _prefill_rate(engine: LLMEngine, prompt: list[int]) -> float:
 def _by_depth(engine: LLMEngine, depth: int, turns: int) -> tuple[float, float, float]:
     """Tokens per second of a prefill of `depth` tokens, of decode after SHALLOW and of decode after `depth` tokens: of the
     median step. The two depths take turns of TURN steps, so that what else the machine does hits both."""
-    chunk = engine.runtime.prefill_chunk
-    ids = [int(i) for i in np.random.default_rng(2).integers(0, engine.config.n_vocab, depth)]
+    chunk, n = engine.runtime.prefill_chunk, max(depth, SHALLOW)
+    ids = [int(i) for i in np.random.default_rng(2).integers(0, engine.config.n_vocab, n)]
     times: dict[int, list[float]] = {SHALLOW: [], depth: []}
-    with engine.scratch_sequence(max(depth, SHALLOW) + TURN) as table:
+    with engine.scratch_sequence(n + TURN) as table:
         started = time.perf_counter()
-        for start in range(0, depth, chunk):
+        for start in range(0, n, chunk):
             engine.chain.forward(Rows.of(Span(ids[start : start + chunk], start, table)))
         fill_s = time.perf_counter() - started
         for _ in range(turns):
@@ -152,4 +152,4 @@ def _by_depth(engine: LLMEngine, depth: int, turns: int) -> tuple[float, float, 
                     before = time.perf_counter()
                     engine.chain.forward(rows)
                     found.append(time.perf_counter() - before)
-    return depth / fill_s, 1.0 / statistics.median(times[SHALLOW]), 1.0 / statistics.median(times[depth])
+    return n / fill_s, 1.0 / statistics.median(times[SHALLOW]), 1.0 / statistics.median(times[depth])

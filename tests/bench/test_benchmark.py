@@ -39,5 +39,5 @@ def test_no_depth_no_figures() -> None:
 
 
 def test_a_depth_beyond_the_context_is_refused() -> None:
-    with pytest.raises(RequestError, match="--depth|need"):
+    with pytest.raises(RequestError, match="68 positions"):
         benchmark("tiny", RuntimeConfig(n_ctx=64), 0, 0, 1, depth=64)
