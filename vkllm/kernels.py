@@ -8,7 +8,7 @@ push; this module knows what those names mean for each op.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
@@ -49,7 +49,7 @@ from vkllm_shaders.experts import RouteSpec, TileSpec, combine_groups, route, ti
 from vkllm_shaders.experts import combine as combine_experts
 from vkllm_shaders.formats import FORMATS, Layout, row_order
 from vkllm_shaders.heads import HeadSpec, heads
-from vkllm_shaders.matmul import MatmulSpec, best_tile, matmul
+from vkllm_shaders.matmul import OWN_BINDINGS, OWN_PUSH, MatmulSpec, alike, best_tile, matmul, matmul_pair, pair_groups
 from vkllm_shaders.quantize import SCALE_ROWS, quantize
 from vkllm_shaders.rmsnorm import rmsnorm_add
 from vkllm_shaders.sample import SampleSpec, argmax, top_k
@@ -66,6 +66,17 @@ DISCRETE_RATE = (3e5, 2e6)
 def texel_format(binding: KernelBinding) -> TexelFormat | None:
     """How a kernel's binding views its buffer: a texel format, or None for a storage buffer."""
     return None if binding.kind == "storage" else TEXEL_FORMATS[binding.dtype]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product before it is a dispatch: what it binds and pushes by name, and the packed rows of its matrix."""
+
+    spec: MatmulSpec
+    n_packed: int
+    buffers: dict[str, str]
+    push: dict[str, int | float]
+    cost_us: float
 
 
 class Lowering:
@@ -246,7 +257,31 @@ class Lowering:
         push: dict[str, int | float],
         n_grid: int = 0,
     ) -> Dispatch:
-        """What all matrix kernels have in common. `n_grid`: rows that the grid is for, where that is not `n_row`."""
+        """One matrix product. `n_grid`: rows that the grid is for, where that is not `n_row`."""
+        product = self._product(op, matrix, spec, n_row, buffers, push)
+        groups = spec.groups(product.n_packed, n_grid or n_row)
+        return self._make(op, self._kernels.get(matmul, spec), product.buffers, product.push, groups, product.cost_us)
+
+    def _pair(self, op: Qkv, first: Product, second: Product, n_row: int) -> Dispatch:
+        """Two products of one x, of two formats, in one dispatch."""
+        own_buffers = {f"{name}_2": second.buffers[name] for name in OWN_BINDINGS}
+        own_push = {f"{name}_2": second.push[name] for name in OWN_PUSH}
+        groups = pair_groups(first.spec, second.spec, (first.n_packed, second.n_packed), n_row)
+        n_first = first.spec.groups(first.n_packed, n_row)[0]
+        kernel = self._kernels.get(matmul_pair, first.spec, second.spec)
+        push = first.push | own_push | {"n_first": n_first}
+        return self._make(op, kernel, first.buffers | own_buffers, push, groups, first.cost_us + second.cost_us)
+
+    def _product(
+        self,
+        op: Linear | Qkv | ExpertLinear,
+        matrix: Matrix,
+        spec: MatmulSpec,
+        n_row: int,
+        buffers: dict[str, str],
+        push: dict[str, int | float],
+    ) -> Product:
+        """What all matrix kernels have in common, beside the `buffers` and `push` of an op's own."""
         buffers |= {"w": matrix.name, "x": op.x, "params": "params", "bias": _bias_name(matrix)} | (
             {"norm_w": op.norm} if op.norm else {}
         )
@@ -257,11 +292,10 @@ class Lowering:
         if spec.quantized:
             buffers |= {"x": "x.int8", "scales": "x.scales"}
             push |= {"x_stride": self.stride(op.x) // 16}
-        tiles = -(-n_row // spec.tile)
         bytes_a_us, macs_a_us = self._rate
-        nbytes = matrix.nbytes * n_packed // len(matrix.order)
-        cost_us = max(nbytes * tiles / bytes_a_us, matrix.n_row * matrix.n_col * n_row / macs_a_us)
-        return self._make(op, self._kernels.get(matmul, spec), buffers, push, spec.groups(n_packed, n_grid or n_row), cost_us)
+        nbytes = matrix.nbytes * n_packed // len(matrix.order) * -(-n_row // spec.tile)
+        cost_us = max(nbytes / bytes_a_us, matrix.n_row * matrix.n_col * n_row / macs_a_us)
+        return Product(spec, n_packed, buffers, push, cost_us)
 
     def _spec(
         self, op: Linear | Qkv | ExpertLinear, matrix: Matrix, epilogue: str, n_row: int, gather: bool = False
@@ -315,20 +349,27 @@ class Lowering:
         return self._matmul(op, matrix, self._spec(op, matrix, op.epilogue, rows, op.gather), rows, {"y": op.y}, push)
 
     def _qkv(self, op: Qkv, n_row: int) -> list[Dispatch]:
-        """One dispatch for each type of matrix, and one for the heads where the matrix kernels cannot do their work."""
-        c, dispatches = self.graph.config, self._quantize(op, n_row)
-        for matrix in self._by_op[op.name]:
-            first = sum(p.n_row for p in op.parts[: op.parts.index(matrix.parts[0])])
-            push: dict[str, int | float] = {"first_row": first, "n_row": matrix.n_row}
-            if self._fused(op):
-                push |= {"capacity": n_row, "n_head": c.n_head, "n_kv_head": c.n_kv_head}
-                buffers = {"q": op.y, "k": f"k.{op.layer}", "v": f"v.{op.layer}", "rope": op.rope}
-                spec = self._spec(op, matrix, "qkv", n_row)
-            else:
-                push |= {"y_stride": self.stride("qkv")}
-                buffers, spec = {"y": "qkv"}, self._spec(op, matrix, "store", n_row)
-            dispatches.append(self._matmul(op, matrix, spec, n_row, buffers, push))
+        """One dispatch for matrices of up to two types, and one for the heads where the matrix kernels cannot do their work."""
+        products = [self._qkv_product(op, matrix, n_row) for matrix in self._by_op[op.name]]
+        dispatches = self._quantize(op, n_row)
+        if len(products) == 2 and alike(products[0].spec, products[1].spec):
+            dispatches.append(self._pair(op, products[0], products[1], n_row))
+        else:
+            for p in products:
+                kernel, groups = self._kernels.get(matmul, p.spec), p.spec.groups(p.n_packed, n_row)
+                dispatches.append(self._make(op, kernel, p.buffers, p.push, groups, p.cost_us))
         return dispatches if self._fused(op) else [*dispatches, self._heads(op, n_row)]
+
+    def _qkv_product(self, op: Qkv, matrix: Matrix, n_row: int) -> Product:
+        c = self.graph.config
+        first = sum(p.n_row for p in op.parts[: op.parts.index(matrix.parts[0])])
+        push: dict[str, int | float] = {"first_row": first, "n_row": matrix.n_row}
+        if not self._fused(op):
+            push |= {"y_stride": self.stride("qkv")}
+            return self._product(op, matrix, self._spec(op, matrix, "store", n_row), n_row, {"y": "qkv"}, push)
+        push |= {"capacity": n_row, "n_head": c.n_head, "n_kv_head": c.n_kv_head}
+        buffers = {"q": op.y, "k": f"k.{op.layer}", "v": f"v.{op.layer}", "rope": op.rope}
+        return self._product(op, matrix, self._spec(op, matrix, "qkv", n_row), n_row, buffers, push)
 
     def _heads(self, op: Qkv, n_row: int) -> Dispatch:
         """Norm, rotate and keep the heads of a finished QKV product."""

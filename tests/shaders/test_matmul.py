@@ -12,7 +12,7 @@ import pytest
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.experts import TileSpec
 from vkllm_shaders.formats import FORMATS, Layout, pack, pack_vector, packed_nbytes, row_order
-from vkllm_shaders.matmul import ALIGN_COLUMNS, MatmulSpec, matmul
+from vkllm_shaders.matmul import ALIGN_COLUMNS, OWN_BINDINGS, OWN_PUSH, MatmulSpec, matmul, matmul_pair, pair_groups
 from vkllm_shaders.reference import NO_ID, tiles
 from vkllm_shaders.reference_matmul import dequantize, experts, linear, rmsnorm, rotate, swiglu, swiglu_oai
 
@@ -176,6 +176,40 @@ def test_qkv_with_rope_and_cache(tile: int, pairing: str, kind: str) -> None:
     Case(spec, (48, 16, 16), 64, 5).check_qkv(3, 1)
     Case(spec, (48,), 64, 1).check_qkv(3, 1)
     Case(spec, (32,), 64, 3).check_qkv(3, 2, first_head=5)  # v alone, of another type than q and k
+
+
+@pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])
+@pytest.mark.parametrize(("tile", "n_token"), [(1, 1), (4, 6)])
+@pytest.mark.parametrize("biases", [(True, True), (True, False), (False, False)])
+def test_two_formats_in_one_dispatch(biases: tuple[bool, bool], tile: int, n_token: int, kind: str) -> None:
+    """Rows of Q5_0, then rows of Q8_0, side by side in y; both have the same x and norm."""
+    first, second = (
+        Case(spec_of(fmt, kind, tile=tile, norm=True, bias=bias), (n_row,), 128, n_token, seed=3)
+        for fmt, n_row, bias in (("Q5_0", 70, biases[0]), ("Q8_0", 33, biases[1]))
+    )
+    assert np.array_equal(first.x, second.x)
+    second.push["first_row"] = 70
+    kernel = matmul_pair(first.spec, second.spec)
+    groups = pair_groups(first.spec, second.spec, (len(first.order), len(second.order)), n_token)
+    push = first.push | {f"{name}_2": second.push[name] for name in OWN_PUSH}
+    push |= {"y_stride": 103, "n_first": first.spec.groups(len(first.order), n_token)[0]}
+    buffers = first.buffers | {f"{name}_2": second.buffers[name] for name in OWN_BINDINGS if name in second.buffers}
+    buffers["y"] = np.full((n_token, 103), np.nan, np.float32)
+    check_kernel(
+        kernel,
+        {"y": np.concatenate([first.y, second.y], axis=1)},
+        {b.name: buffers[b.name] for b in kernel.bindings},
+        {name: push[name] for name, _, _ in kernel.push},
+        {},
+        groups,
+        subgroup_size=None if kind == "lane_row" else first.spec.subgroup,
+    )
+
+
+def test_a_pair_must_be_alike() -> None:
+    spec = spec_of("Q5_0", "lane_row", norm=True)
+    with pytest.raises(KernelError, match="a pair of"):
+        matmul_pair(spec, spec_of("Q8_0", "lane_row"))
 
 
 def as_q8(x: np.ndarray) -> np.ndarray:

@@ -20,7 +20,19 @@ Source: KERNELS.md's measurements and those in bench/LOG.md.
 Files: `spec` the shapes, `body` loops and arithmetic, `activations` x, `epilogue` what follows, `kernels` the kernels.
 """
 
-from vkllm_shaders.matmul.kernels import matmul
+from vkllm_shaders.matmul.kernels import OWN_BINDINGS, OWN_PUSH, alike, matmul, matmul_pair, pair_groups
 from vkllm_shaders.matmul.spec import ALIGN_COLUMNS, Epilogue, MatmulSpec, best_tile, push_constants
 
-__all__ = ["ALIGN_COLUMNS", "Epilogue", "MatmulSpec", "best_tile", "matmul", "push_constants"]
+__all__ = [
+    "ALIGN_COLUMNS",
+    "OWN_BINDINGS",
+    "OWN_PUSH",
+    "Epilogue",
+    "MatmulSpec",
+    "alike",
+    "best_tile",
+    "matmul",
+    "matmul_pair",
+    "pair_groups",
+    "push_constants",
+]

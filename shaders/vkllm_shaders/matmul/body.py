@@ -13,14 +13,20 @@ DEQUANTIZE_TOKENS = 3
 
 
 class Body:
-    """The tracing of one kernel. Lists are indexed [token of the tile][row of the lane]."""
+    """The tracing of one kernel, or of a part of one: `workgroup` counts within it.
 
-    def __init__(self, b: Block, spec: MatmulSpec, bufs: dict[str, Buffer], push: dict[str, Value]) -> None:
+    Lists are indexed [token of the tile][row of the lane].
+    """
+
+    def __init__(
+        self, b: Block, spec: MatmulSpec, bufs: dict[str, Buffer], push: dict[str, Value], workgroup: Value | None = None
+    ) -> None:
         self.b, self.spec, self.bufs, self.push = b, spec, bufs, push
         self.fmt: Format = format_of(spec.fmt)
         self.rows, self.tile = spec.layout.rows, spec.tile
         self.lane = b.subgroup_lane()
-        self.group = b.workgroup_id(0) if spec.on_lavapipe else b.workgroup_id(0) * spec.subgroups + b.subgroup_id()
+        workgroup = b.workgroup_id(0) if workgroup is None else workgroup
+        self.group = workgroup if spec.on_lavapipe else workgroup * spec.subgroups + b.subgroup_id()
         self.first_token = b.workgroup_id(1) * spec.tile
         self.expert_group = self._find_expert() if spec.experts else None
         self.acc = [[b.var(f32, 0.0) for _ in range(self.rows)] for _ in range(self.tile)]

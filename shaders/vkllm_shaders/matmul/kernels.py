@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
-from vkllm_codegen import Block, Buffer, Kernel, Value, trace
+from vkllm_codegen import Block, Buffer, Kernel, Value, trace, u32
+from vkllm_codegen.errors import KernelError
 from vkllm_shaders.matmul.body import Body
 from vkllm_shaders.matmul.spec import MatmulSpec, bindings, push_constants
 
@@ -39,3 +41,43 @@ def matmul(spec: MatmulSpec) -> Kernel:
         Body(b, spec, bufs, push).emit()
 
     return trace(spec.name, bindings(spec), push_constants(spec), {}, local, body, doc)
+
+
+OWN_BINDINGS, OWN_PUSH = ("w", "bias"), ("n_chunk", "n_group", "n_row", "first_row")
+"""What the second product of a pair has of its own, under these names with `_2` at the end."""
+
+
+def alike(first: MatmulSpec, second: MatmulSpec) -> bool:
+    """Can these be a pair? Only the format may differ, and whether there is a bias."""
+    return replace(second, fmt=first.fmt, bias=first.bias) == first
+
+
+@cache
+def matmul_pair(first: MatmulSpec, second: MatmulSpec) -> Kernel:
+    """Two products of one x in a dispatch: their weights, and so their formats, differ. Dispatch: pair_groups.
+
+    Bindings and push constants are those of `matmul(first)`, then those of OWN_BINDINGS and OWN_PUSH for the second, then
+    n_first: workgroups of the first product.
+    """
+    if not alike(first, second):
+        raise KernelError(f"a pair of {first.name} and {second.name}", hint="expected specs that differ in fmt and bias alone")
+    shared = bindings(first)
+    own = {f"{name}_2": binding for name, binding in bindings(second).items() if name in OWN_BINDINGS}
+    push_names = push_constants(first) | dict.fromkeys((*(f"{name}_2" for name in OWN_PUSH), "n_first"), u32)
+    local = first.lanes * (1 if first.on_lavapipe else first.subgroups)
+
+    def body(b: Block, bufs: dict[str, Buffer], push: dict[str, Value]) -> None:
+        with b.when(b.workgroup_id(0) < push["n_first"]):
+            Body(b, first, bufs, push).emit()
+        with b.otherwise():
+            other = {name.removesuffix("_2"): buffer for name, buffer in bufs.items() if name.endswith("_2")}
+            numbers = {name: push[f"{name}_2"] for name in OWN_PUSH}
+            Body(b, second, bufs | other, push | numbers, b.workgroup_id(0) - push["n_first"]).emit()
+
+    return trace(f"{first.name}_and_{second.fmt.lower()}", shared | own, push_names, {}, local, body, "two products of one x")
+
+
+def pair_groups(first: MatmulSpec, second: MatmulSpec, n_packed: tuple[int, int], n_token: int) -> tuple[int, int, int]:
+    """Workgroups of a pair's dispatch; see MatmulSpec.groups."""
+    a, b = first.groups(n_packed[0], n_token), second.groups(n_packed[1], n_token)
+    return a[0] + b[0], *a[1:]
