@@ -17,7 +17,8 @@ STAGES = (
     *("errors", "debug", "config", "vocab", "files", "tokenizer", "chat", "quantize"),  # the file and the text
     *("hub", "hub_cli"),  # models by name
     *("vk",),  # devices; the only part that loads the native module
-    *("plan", "models", "expand", "weights", "rope", "packing", "kernel_cache", "schedule", "kernels", "memory"),  # the plan, and what it becomes
+    *("plan", "models", "expand", "weights", "rope", "packed_cache", "packing"),  # the plan, and what it becomes
+    *("kernel_cache", "schedule", "kernels", "memory"),
     *("kv_cache", "scheduler", "sampler", "homeostasis", "sensors", "simulate"),  # policies
     *("chain", "reference", "engine", "batching", "diff", "benchmark", "profile", "profile_cli", "doctor", "soak", "soak_cli", "serve"),
     *("perplexity", "evaluate", "evaluate_plot", "perplexity_cli"),

@@ -297,7 +297,8 @@ class ModelChain:
 
     def _load(self, file: ModelFile) -> None:
         """Weights, vectors and the RoPE table, from the file to the device."""
-        self._buffers |= load_weights(self.device, file, self._lower.matrices, progress=self.runtime.progress)
+        progress, cached = self.runtime.progress, self.runtime.weight_cache
+        self._buffers |= load_weights(self.device, file, self._lower.matrices, progress=progress, cached=cached)
         vectors = {name: vector(file, name) for name in self.graph.vectors()}
         for name, values in self._lower.vector_values(vectors).items():
             self._buffers[name] = self._zeroed(name, -(-values.nbytes // 256) * 256)

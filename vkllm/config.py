@@ -349,6 +349,7 @@ class RuntimeConfig:
     `activations`: "int8" quantizes them before matrix products, "auto" where that is faster. `submit_ms`: about how long one
     submit may run: drivers kill work that takes seconds, and pacing acts between submits. `schedule`: how kernels share work
     over lanes, by default what suits the kind of device (KERNELS: "lane_row" CPUs, "lane_chunk" GPUs).
+    `weight_cache`: keep packed weights on disk, beside the pipelines, so that the next load maps them.
     """
 
     device: str | int | None = None
@@ -363,6 +364,7 @@ class RuntimeConfig:
     block_size: int = 32
     submit_ms: float = 100.0
     progress: bool = False
+    weight_cache: bool = True
 
     def __post_init__(self) -> None:
         if self.activations not in get_args(Activations):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Thread
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from vkllm.expand import SLAB_WEIGHTS, expand_rows
 from vkllm.files.model_file import ModelFile
+from vkllm.packed_cache import PackedCache, PackedMap, PackedWriter
 from vkllm.plan import Part
 from vkllm.vk import Buffer, Device
 from vkllm_shaders.formats import Layout, pack, pack_vector, packed_nbytes
@@ -82,11 +84,57 @@ def _for_experts(order: NDArray[np.int64], n_rows: Sequence[int], n_expert: int)
     return np.where(order >= 0, first + experts * np.asarray(n_rows)[part], -1).reshape(-1)
 
 
-def load_weights(device: Device, file: ModelFile, matrices: Sequence[Matrix], *, progress: bool) -> dict[str, Buffer]:
-    """Pack and upload all matrices. Returns a buffer for each, by name.
+def load_weights(
+    device: Device, file: ModelFile, matrices: Sequence[Matrix], *, progress: bool, cached: bool = False
+) -> dict[str, Buffer]:
+    """A buffer for each matrix, by name: from the cache of packed weights where it has them (`cached`), else packed and uploaded.
 
     Raises: OutOfDeviceMemoryError.
     """
+    cache = PackedCache.of(file, matrices) if cached else None
+    if cache is not None and (packed := cache.open()) is not None:
+        return {matrix.name: _from_cache(device, packed, matrix) for matrix in matrices}
+    writer = cache and cache.writer()
+    try:
+        buffers = _pack_all(device, file, matrices, writer, progress=progress)
+    except BaseException:
+        if writer:
+            writer.discard()
+        raise
+    if writer:  # views outlive the model, and the thread is no daemon: a short run, too, writes the file to its end
+        views = {m.name: buffers[m.name].view()[: m.nbytes] for m in matrices if _reads_back(device, buffers[m.name])}
+        Thread(target=_write_cache, args=(writer, views), name="keep packed weights").start()
+    return buffers
+
+
+def _from_cache(device: Device, packed: PackedMap, matrix: Matrix) -> Buffer:
+    """A matrix used where it is mapped, on devices that share the host's memory; else copied, slab by slab."""
+    if device.limits.unified_memory:
+        imported = device.import_buffer(packed.pages(matrix.name), matrix.nbytes, matrix.name)
+        if imported is not None:
+            return imported
+    buffer = device.buffer(matrix.nbytes, name=matrix.name)
+    for offset, slab in packed.slabs(matrix.name):
+        buffer.write(slab, offset)
+    return buffer
+
+
+def _reads_back(device: Device, buffer: Buffer) -> bool:
+    """Is a mapped buffer as quick to read as host memory? On a discrete device it is not."""
+    return buffer.mapped and device.limits.unified_memory
+
+
+def _write_cache(writer: PackedWriter, views: Mapping[str, NDArray[np.uint8]]) -> None:
+    """What was not written while it was packed, beside the first steps of the model; then the file is whole."""
+    for name, view in views.items():
+        writer.write(name, 0, view)
+    writer.publish()
+
+
+def _pack_all(
+    device: Device, file: ModelFile, matrices: Sequence[Matrix], writer: PackedWriter | None, *, progress: bool
+) -> dict[str, Buffer]:
+    """Pack and upload all matrices; what will not be read back goes to the `writer` on the way."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -100,20 +148,26 @@ def load_weights(device: Device, file: ModelFile, matrices: Sequence[Matrix], *,
         task = bar.add_task("loading", total=sum(m.nbytes for m in matrices))
         for matrix in matrices:
             buffers[matrix.name] = device.buffer(matrix.nbytes, name=matrix.name)
-        for _ in pool.map(lambda m: upload(file, m, buffers[m.name], lambda n: bar.advance(task, n)), matrices):
+        tees = {m.name: None if _reads_back(device, buffers[m.name]) else writer for m in matrices}
+        for _ in pool.map(lambda m: upload(file, m, buffers[m.name], lambda n: bar.advance(task, n), tees[m.name]), matrices):
             pass
     return buffers
 
 
-def upload(file: ModelFile, matrix: Matrix, buffer: Buffer, advance: Callable[[int], object]) -> None:
-    """Pack one matrix into its buffer, slab by slab, in place where it is mapped. `advance` hears of each slab's bytes."""
+def upload(
+    file: ModelFile, matrix: Matrix, buffer: Buffer, advance: Callable[[int], object], tee: PackedWriter | None = None
+) -> None:
+    """Pack one matrix into its buffer, slab by slab, in place where it is mapped and nobody else wants it (`tee`).
+
+    `advance` hears of each slab's bytes.
+    """
     parts, layout = [file.data(part.weight)[part.rows] for part in matrix.parts], matrix.layout
     kinds = [file.tensors[part.weight].type for part in matrix.parts]
     expands = any(kind != matrix.fmt for kind in kinds)
     group_bytes = matrix.nbytes // matrix.n_group
     step = max(1, SLAB_WEIGHTS // (layout.group_rows * matrix.n_col) if expands else SLAB_BYTES // group_bytes)
-    mapped = buffer.view() if buffer.mapped else None
-    staged = np.empty(0 if buffer.mapped else min(step, matrix.n_group) * group_bytes, np.uint8)
+    mapped = buffer.view() if buffer.mapped and tee is None else None
+    staged = np.empty(0 if mapped is not None else min(step, matrix.n_group) * group_bytes, np.uint8)
     for first in range(0, matrix.n_group, step):
         order = matrix.order[first * layout.group_rows : (first + step) * layout.group_rows]
         start, size = first * group_bytes, len(order) // layout.group_rows * group_bytes
@@ -122,6 +176,8 @@ def upload(file: ModelFile, matrix: Matrix, buffer: Buffer, advance: Callable[[i
         pack(matrix.fmt, rows, matrix.n_col, layout, used, order, threads=1)
         if mapped is None:
             buffer.write(used, offset=start)
+        if tee is not None:
+            tee.write(matrix.name, start, used)
         advance(size)
     for part in matrix.parts:
         file.release(part.weight)

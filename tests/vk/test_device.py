@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 import subprocess
@@ -277,3 +278,31 @@ def test_lavapipe_lanes(device: Device) -> None:
             subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()
             == lanes
         )
+
+
+def test_imported_memory_is_used_where_it_lies(device: Device) -> None:
+    alignment = device.limits.import_alignment
+    if not alignment:
+        pytest.skip("the device imports no host memory")
+    memory = mmap.mmap(-1, 2 * alignment)
+    data = np.frombuffer(memory, np.uint8)
+    data[:] = 7
+    found = device.import_buffer(data, alignment + 16, "imported")
+    assert found is not None
+    assert found.nbytes == alignment + 16
+    host = device.buffer(alignment, host=True)
+    r = device.recording()
+    r.copy(found, host, alignment, src_offset=16)
+    del data  # the buffer keeps it
+    found.view()[16] = 9
+    r.run()
+    assert host.read(3).tolist() == [9, 7, 7]
+
+
+def test_memory_that_cannot_be_imported(device: Device) -> None:
+    pages = np.frombuffer(mmap.mmap(-1, 1 << 17), np.uint8)
+    assert device.import_buffer(pages[16 : (1 << 16) + 16], 64) is None
+    assert device.import_buffer(pages[:100], 64) is None
+    assert device.import_buffer(pages[:0], 0) is None
+    with open_device(device.info.index, force_unmapped=True) as unmapped:
+        assert unmapped.import_buffer(pages, 64) is None

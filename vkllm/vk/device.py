@@ -263,7 +263,7 @@ class Device:
 
     def __init__(self, info: DeviceInfo, *, cache_dir: Path | None = None, force_unmapped: bool = False) -> None:
         self.info, self.limits = info, info.limits
-        self.lost = False
+        self.lost, self._unmapped = False, force_unmapped
         if info.queue_family == 0xFFFFFFFF:
             raise MissingFeatureError(f"{info.name} has no compute queue", "choose another device (--device)")
         self._cache_file = cache.path(info, cache_dir)
@@ -300,6 +300,19 @@ class Device:
         with self._calls(f"buffer {name!r}"):
             native = self._native.buffer(size, host)
         return Buffer(self, native, name)
+
+    def import_buffer(self, data: NDArray[np.uint8], nbytes: int, name: str = "") -> Buffer | None:
+        """The first `nbytes` of writable host memory as a buffer for kernels to read, without a copy; it keeps `data` alive.
+
+        None where the device cannot use it: its place and size must be multiples of `limits.import_alignment`.
+        """
+        alignment = self.limits.import_alignment
+        if not alignment or self._unmapped or data.ctypes.data % alignment or data.nbytes % alignment or not nbytes:
+            return None
+        try:
+            return Buffer(self, self._native.import_buffer(data, nbytes), name)
+        except (_native.NativeError, RuntimeError):  # the driver takes no memory of this kind
+            return None
 
     def require(self, nbytes: int, what: str) -> None:
         """Check before loading that `nbytes` fit. Raises: OutOfDeviceMemoryError with needed and available bytes."""

@@ -153,6 +153,10 @@ class NullDevice:
         """Zeroed memory, rounded up to 16 bytes."""
         return NullBuffer(max(16, (nbytes + 15) // 16 * 16), name)
 
+    def import_buffer(self, data: NDArray[np.uint8], nbytes: int, name: str = "") -> NullBuffer | None:
+        """Never possible: null buffers own their memory."""
+        return None
+
     def require(self, nbytes: int, what: str) -> None:
         """Always fits."""
 

@@ -45,6 +45,7 @@ class DeviceLimits:
     coop_shapes: tuple[tuple[int, int, int, str, str, str, str], ...] = ()  # M, N, K, then the types of A, B, C, result
     unified_memory: bool = True
     max_buffer_bytes: int = 1 << 30
+    import_alignment: int = 0  # of host memory that buffers can lie in; 0: none can
 
 
 # What Vulkan 1.1 guarantees, with the features that the kernels use everywhere. One exception: Vulkan guarantees 65,536 texels,

@@ -41,6 +41,46 @@ Buffer::Buffer(std::shared_ptr<Device> d, uint64_t n, bool host)
     }
 }
 
+Buffer::Buffer(std::shared_ptr<Device> d, uint64_t n, void* data, uint64_t available, std::shared_ptr<void> owner)
+  : device(std::move(d))
+  , nbytes(n)
+  , m_owner(std::move(owner))
+{
+    constexpr auto HOST_MEMORY = VK_EXTERNAL_MEMORY_HANDLE_TYPE_HOST_ALLOCATION_BIT_EXT;
+    const auto& vk = dispatch();
+    const auto properties_of = reinterpret_cast<PFN_vkGetMemoryHostPointerPropertiesEXT>(
+      vkGetDeviceProcAddr(device->handle, "vkGetMemoryHostPointerPropertiesEXT"));
+    if (!properties_of)
+        throw std::runtime_error("the device imports no host memory");
+    const Guard guard;
+    try {
+        VkMemoryHostPointerPropertiesEXT properties{ VK_STRUCTURE_TYPE_MEMORY_HOST_POINTER_PROPERTIES_EXT };
+        if (properties_of(device->handle, HOST_MEMORY, data, &properties) != VK_SUCCESS)
+            throw std::runtime_error("the device does not import this memory");
+        const VkExternalMemoryBufferCreateInfo external{ VK_STRUCTURE_TYPE_EXTERNAL_MEMORY_BUFFER_CREATE_INFO, nullptr, HOST_MEMORY };
+        VkBufferCreateInfo info{ VK_STRUCTURE_TYPE_BUFFER_CREATE_INFO, &external };
+        info.size = nbytes;
+        info.usage = VK_BUFFER_USAGE_STORAGE_BUFFER_BIT | VK_BUFFER_USAGE_TRANSFER_SRC_BIT;
+        vk.vkCreateBuffer(device->handle, &info, nullptr, &handle);
+        Guard::check();
+        VkMemoryRequirements needs;
+        vk.vkGetBufferMemoryRequirements(device->handle, handle, &needs);
+        if (needs.size > available)
+            throw std::runtime_error("the device wants more memory than the buffer has");
+        const VkImportMemoryHostPointerInfoEXT import{ VK_STRUCTURE_TYPE_IMPORT_MEMORY_HOST_POINTER_INFO_EXT, nullptr, HOST_MEMORY, data };
+        const uint32_t type = device->memory_type(needs.memoryTypeBits & properties.memoryTypeBits, false);
+        const VkMemoryAllocateInfo allocate{ VK_STRUCTURE_TYPE_MEMORY_ALLOCATE_INFO, &import, available, type };
+        vk.vkAllocateMemory(device->handle, &allocate, nullptr, &m_memory);
+        Guard::check();
+        vk.vkBindBufferMemory(device->handle, handle, m_memory, 0);
+        Guard::check();
+        mapped = data;
+    } catch (...) {
+        release();
+        throw;
+    }
+}
+
 Buffer::~Buffer()
 {
     release();

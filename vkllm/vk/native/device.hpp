@@ -24,6 +24,9 @@ class Buffer : public std::enable_shared_from_this<Buffer>
 {
   public:
     Buffer(std::shared_ptr<Device> device, uint64_t nbytes, bool host);
+    /// Host memory used where it lies (VK_EXT_external_memory_host): the first `nbytes` of `available` from `data`, both of them
+    /// multiples of the device's import alignment. `owner` keeps the memory.
+    Buffer(std::shared_ptr<Device> device, uint64_t nbytes, void* data, uint64_t available, std::shared_ptr<void> owner);
     ~Buffer();
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
@@ -38,6 +41,7 @@ class Buffer : public std::enable_shared_from_this<Buffer>
 
   private:
     void release() noexcept;
+    std::shared_ptr<void> m_owner; // of imported memory
     VkDeviceMemory m_memory = VK_NULL_HANDLE;
     uint64_t m_allocated = 0; // bytes, of heap m_heap
     uint32_t m_heap = 0;

@@ -124,7 +124,7 @@ FeatureChain::FeatureChain(VkPhysicalDevice device)
     join(dot, VK_API_VERSION_1_3, "VK_KHR_shader_integer_dot_product");
     join(maintenance4, VK_API_VERSION_1_3, "VK_KHR_maintenance4");
     join(cooperative, NEVER, COOPERATIVE_MATRIX_EXTENSION);
-    for (const char* e : { "VK_EXT_memory_budget", "VK_KHR_portability_subset" })
+    for (const char* e : { "VK_EXT_memory_budget", "VK_EXT_external_memory_host", "VK_KHR_portability_subset" })
         if (has_extension(e))
             extensions.emplace_back(e);
 

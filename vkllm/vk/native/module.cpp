@@ -94,6 +94,7 @@ nb::dict
 describe(VkInstance instance, VkPhysicalDevice device)
 {
     const FeatureChain chain(device);
+    const bool imports = chain.has_extension("VK_EXT_external_memory_host");
     const bool has_pci = chain.has_extension("VK_EXT_pci_bus_info"), v12 = chain.api_version >= VK_API_VERSION_1_2;
     VkPhysicalDevicePCIBusInfoPropertiesEXT pci{ VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PCI_BUS_INFO_PROPERTIES_EXT };
     VkPhysicalDeviceDriverProperties driver{ VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_DRIVER_PROPERTIES, has_pci ? &pci : nullptr };
@@ -102,7 +103,9 @@ describe(VkInstance instance, VkPhysicalDevice device)
     VkPhysicalDeviceMaintenance3Properties maintenance{ VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MAINTENANCE_3_PROPERTIES,
                                                         chain.subgroup_size.subgroupSizeControl ? static_cast<void*>(&sizes) : sizes.pNext };
     VkPhysicalDeviceIDProperties id{ VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_ID_PROPERTIES, &maintenance };
-    VkPhysicalDeviceSubgroupProperties subgroup{ VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_PROPERTIES, &id };
+    VkPhysicalDeviceExternalMemoryHostPropertiesEXT host{ VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_EXTERNAL_MEMORY_HOST_PROPERTIES_EXT, &id };
+    VkPhysicalDeviceSubgroupProperties subgroup{ VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_PROPERTIES,
+                                                 imports ? static_cast<void*>(&host) : &id };
     VkPhysicalDeviceProperties2 p{ VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PROPERTIES_2, &subgroup, {} };
     vkGetPhysicalDeviceProperties2(device, &p);
     const auto& core = p.properties;
@@ -142,6 +145,7 @@ describe(VkInstance instance, VkPhysicalDevice device)
     d["features"] = feature_words(device, chain);
     d["coop_shapes"] = cooperative_shapes(instance, device, chain);
     d["unified_memory"] = unified;
+    d["import_alignment"] = imports ? host.minImportedHostPointerAlignment : 0;
     return d;
 }
 
@@ -233,6 +237,17 @@ NB_MODULE(_native, m)
            "index"_a, "family"_a, "cache"_a, "force_unmapped"_a)
       .def("buffer", [](std::shared_ptr<Device> d, uint64_t nbytes, bool host) { return std::make_shared<Buffer>(std::move(d), nbytes, host); },
            "nbytes"_a, "host"_a)
+      .def("import_buffer",
+           [](std::shared_ptr<Device> d, nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> data, uint64_t nbytes) {
+               const std::shared_ptr<void> owner(new nb::object(nb::cast(data)), [](void* p) {
+                   const nb::gil_scoped_acquire gil;
+                   delete static_cast<nb::object*>(p);
+               });
+               if (nbytes > data.size())
+                   throw std::invalid_argument("the buffer is larger than its memory");
+               return std::make_shared<Buffer>(std::move(d), nbytes, data.data(), data.size(), owner);
+           },
+           "data"_a, "nbytes"_a)
       .def("pipeline",
            [](std::shared_ptr<Device> d, nb::bytes spirv, const std::vector<std::string>& kinds, uint32_t push_bytes,
               const std::vector<std::pair<uint32_t, uint32_t>>& spec, uint32_t required_subgroup_size) {
