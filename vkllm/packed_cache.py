@@ -84,7 +84,7 @@ class PackedCache:
         layout = "|".join(f"{m.name} {m.fmt} {m.layout}" for m in matrices)
         digest = hashlib.sha256(f"{_code()}|{layout}|{sorted(file.tensors.items())}".encode())
         for matrix in matrices:
-            digest.update(np.ascontiguousarray(matrix.order))
+            digest.update(np.ascontiguousarray(matrix.order).data)
         header = MAGIC + json.dumps({"files": files, "digest": digest.hexdigest(), "nbytes": at}).encode() + b"\n"
         if len(header) > DATA_START - STATE:
             return None
@@ -161,7 +161,7 @@ class PackedWriter:
     def write(self, name: str, offset: int, data: NDArray[np.uint8]) -> None:
         """Bytes of a matrix, which begin at its byte `offset`. After a failure nothing is written any more."""
         at = self._target.places[name][0] + offset
-        rest = memoryview(data)
+        rest = data.data
         try:
             while rest.nbytes and not self._failed:
                 n = os.pwrite(self._fd, rest[:SLAB_BYTES], at)

@@ -94,7 +94,7 @@ def load_weights(
     cache = PackedCache.of(file, matrices) if cached else None
     if cache is not None and (packed := cache.open()) is not None:
         return {matrix.name: _from_cache(device, packed, matrix) for matrix in matrices}
-    writer = cache and cache.writer()
+    writer = cache.writer() if cache is not None else None
     try:
         buffers = _pack_all(device, file, matrices, writer, progress=progress)
     except BaseException:
