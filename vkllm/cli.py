@@ -436,7 +436,7 @@ def logits(
     activations: ActivationsOption = "auto",
     cache_type: CacheOption = "f16",
 ) -> None:
-    """Write the logits of every token, float32 [n_token, n_vocab]."""
+    """Write the logits of every token: float32, a row for each token."""
     from vkllm.engine import LLMEngine
 
     if (ids is None) == (prompt is None):
