@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 
@@ -55,6 +54,8 @@ def warn(tensors: Iterable[TensorInfo]) -> None:
 
 def expand(kind: str, blocks: U8) -> U8:
     """Rows of an expanded type, [n_row, row bytes], in the type that the device gets."""
+    import gguf  # takes long, and most models load without it
+
     with np.errstate(all="ignore"):  # NaN stays NaN
         if kind in TERNARY:
             return _ternary(kind, blocks)
@@ -65,6 +66,8 @@ def expand(kind: str, blocks: U8) -> U8:
 
 def _ternary(kind: str, blocks: U8) -> U8:
     """weight = d * (q - 1) in blocks of 256 that end with d → Q2_K, where it is d * 1 * q - d * 1."""
+    import gguf
+
     units = blocks.reshape(len(blocks), -1, TYPES[kind].block_bytes).copy()
     d = units[..., -2:].copy()
     units[..., -2:] = np.array([1.0], np.float16).view(np.uint8)

@@ -168,11 +168,11 @@ class Tokenizer:
 
     @cached_property
     def _backend(self) -> _Model:
+        if self.pre and self.pre != "gemma4":
+            return ByteLevel(self._tokens, self._meta.strings("merges"), PRE_TOKENIZERS[self.pre])
         vocab = {text: i for i, text in enumerate(self._tokens)}
         if self.pre == "gemma4":
             return Lines(vocab, self._meta.strings("merges"))
-        if self.pre:
-            return ByteLevel(vocab, self._meta.strings("merges"), PRE_TOKENIZERS[self.pre])
         unknown = self._meta.token_id("unknown", self.n_vocab, 0)
         byte_ids = [vocab.get(f"<0x{b:02X}>", vocab.get(chr(b), unknown)) for b in range(256)]
         return SentencePiece(vocab, self._meta.numbers("scores", self.n_vocab), [0 if i is None else i for i in byte_ids])

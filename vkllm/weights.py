@@ -5,7 +5,6 @@ Matrices stay in the file's quantized blocks (mapped, not copied); vectors come 
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 
@@ -58,11 +57,15 @@ def check_weights(graph: Graph, file: ModelFile) -> None:
 
 def vector(file: ModelFile, name: str) -> NDArray[np.float32]:
     """A vector as f32, shape [n]; the biases of several experts one behind the other."""
+    if file.tensors[name].type == "F32":
+        return np.ascontiguousarray(file.data(name)).view("<f4").reshape(-1).astype(np.float32)
     return dequantized(file, name).reshape(-1)
 
 
 def dequantized(file: ModelFile, name: str) -> NDArray[np.float32]:
     """A tensor expanded to f32 in host memory, by the `gguf` library: for the reference executor and small vectors."""
+    import gguf  # takes long, and most models load without it
+
     info = file.tensors[name]
     rows = gguf.quants.dequantize(file.data(name), gguf.GGMLQuantizationType[info.type])
     return np.ascontiguousarray(rows, dtype=np.float32).reshape(info.shape)

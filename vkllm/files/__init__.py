@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vkllm.errors import FileFormatError
 from vkllm.files.gguf import GGUFFile
-from vkllm.files.huggingface import HuggingFaceFolder
 from vkllm.files.model_file import ModelFile, TensorInfo
 from vkllm.files.split import SHARD, SplitGGUF, is_split
 from vkllm.files.types import TYPES, TypeInfo
+
+if TYPE_CHECKING:
+    from vkllm.files.huggingface import HuggingFaceFolder
 
 __all__ = [
     "TYPES",
@@ -59,6 +62,8 @@ def open_model(model: str | Path) -> ModelFile:
     path = resolve_model(model)
     if path.is_dir():
         if (path / "config.json").exists() or not any(path.glob("*.gguf")):
+            from vkllm.files.huggingface import HuggingFaceFolder
+
             return HuggingFaceFolder.open(path)
         path = _only_gguf(path)
     file = GGUFFile.open(path)
@@ -78,3 +83,12 @@ def _only_gguf(folder: Path) -> Path:
         names = ", ".join(sorted(models))[:200]
         raise FileFormatError(f"{folder} holds {len(models)} models: {names}", hint="give the path of one")
     return next(iter(models.values()))
+
+
+def __getattr__(name: str) -> Any:
+    """Folders are read with libraries that take long to import: GGUF files need none of them."""
+    if name == "HuggingFaceFolder":
+        from vkllm.files.huggingface import HuggingFaceFolder
+
+        return HuggingFaceFolder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

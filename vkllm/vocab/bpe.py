@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from vkllm.errors import ConfigError
 from vkllm.vocab.metadata import AGAIN
+from vkllm.vocab.scan import encode_words
 from vkllm.vocab.splits import PreTokenizer
 from vkllm.vocab.spm import SPACE
 
 CHUNK_CHARS = 1 << 15
+SCANS = 8  # texts that are encoded without the library's model, which takes as long to make as some 20 of them
+SCAN_CHARS = 400
+LARGE = 20_000  # merges; with fewer the model is made at once
 _SAFE_CUT = re.compile(r"\S\n(?=[A-Za-z\u4e00-\u9fa5])|[A-Za-z](?= [A-Za-z])")
 
 
@@ -32,20 +37,35 @@ def chunks(text: str, size: int = CHUNK_CHARS) -> Iterator[str]:
 class ByteLevel:
     """Byte-level BPE: every byte is a character of GPT-2's alphabet, words are merged one by one."""
 
-    def __init__(self, vocab: dict[str, int], merges: Sequence[str], pre: PreTokenizer) -> None:
-        backend = tokenizers.Tokenizer(_bpe(vocab, merges, ignore_merges=pre.ignore_merges))
+    def __init__(self, tokens: Sequence[str], merges: Sequence[str], pre: PreTokenizer) -> None:
+        """`tokens`: by id."""
+        self._tokens, self._merges, self._ignore_merges = tokens, merges, pre.ignore_merges
         cuts = [pre_tokenizers.Split(tokenizers.Regex(s), "isolated") for s in pre.splits]
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
+        self._words = pre_tokenizers.Sequence(
             [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False, trim_offsets=False)]
         )
-        self._backend = backend
+        self._scans = SCANS if len(merges) >= LARGE else 0
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text without special tokens."""
+        """The ids of a text without special tokens. The library's model is made when several texts, or a long one, ask for it."""
+        if self._scans > 0 and len(text) <= SCAN_CHARS:
+            self._scans -= 1
+            words = [word for word, _ in self._words.pre_tokenize_str(text)]
+            scanned = encode_words(words, self._tokens, self._merges, ignore_merges=self._ignore_merges)
+            if scanned is not None:
+                return scanned
         ids: list[int] = []
         for chunk in chunks(text):
-            ids += self._backend.encode(chunk, add_special_tokens=False).ids
+            ids += self._library.encode(chunk, add_special_tokens=False).ids
         return ids
+
+    @cached_property
+    def _library(self) -> tokenizers.Tokenizer:
+        self._scans = 0
+        vocab = {text: i for i, text in enumerate(self._tokens)}
+        library = tokenizers.Tokenizer(_bpe(vocab, self._merges, ignore_merges=self._ignore_merges))
+        library.pre_tokenizer = self._words
+        return library
 
 
 class Lines:
