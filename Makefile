@@ -21,7 +21,7 @@ check: .venv/check.stamp
 	$(BIN)/python -m pytest tests/test_imports.py
 
 bench: .venv/run.stamp
-	$(BIN)/vkllm bench $(MODEL)
+	$(BIN)/python bench/run.py $(MODEL) $(if $(PEER),--peer $(PEER)) $(if $(PEER_VULKAN),--peer-vulkan $(PEER_VULKAN)) $(ARGS)
 
 shaders: .venv/run.stamp
 	$(BIN)/vkllm shaders build/shaders
