@@ -24,7 +24,8 @@ dependencies=$("$python" - <<'PY'
 import tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 build = [d for d in project["optional-dependencies"]["build"] if not d.startswith("cmake")]  # 30 MB; a compiler's machine has one
-print("\n".join(project["dependencies"] + project["optional-dependencies"]["test"] + build))
+test = [d for d in project["optional-dependencies"]["test"] if not d.startswith("selenium")]  # 12 MB; no browser there
+print("\n".join(project["dependencies"] + test + build))
 PY
 )
 platforms="--platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64
