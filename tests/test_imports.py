@@ -18,13 +18,13 @@ STAGES = (
     *("hub", "hub_cli"),  # models by name
     *("vk",),  # devices; the only part that loads the native module
     *("plan", "models", "expand", "weights", "rope", "packed_cache", "packing"),  # the plan, and what it becomes
-    *("kernel_cache", "schedule", "kernels", "memory"),
-    *("kv_cache", "scheduler", "sampler", "homeostasis", "sensors", "simulate"),  # policies
-    *("chain", "reference", "engine", "batching", "diff", "benchmark", "profile", "profile_cli", "doctor", "soak", "soak_cli", "serve"),
+    *("kernel_cache", "tuned", "schedule", "kernels", "memory"),
+    *("kv_cache", "scheduler", "speculation", "sampler", "homeostasis", "sensors", "simulate"),  # policies
+    *("chain", "reference", "engine", "batching", "diff", "benchmark", "profile", "profile_cli", "tune", "tune_cli", "doctor", "soak", "soak_cli", "serve"),
     *("perplexity", "evaluate", "evaluate_plot", "perplexity_cli"),
     *("homeostasis_cli", "import_cli", "cli", "__main__"),
 )
-PURE = ("kv_cache", "scheduler", "sampler", "homeostasis", "plan", "models", "config")  # no Vulkan, no clock
+PURE = ("kv_cache", "scheduler", "speculation", "sampler", "homeostasis", "plan", "models", "config")  # no Vulkan, no clock
 THIRD_PARTY = {
     "vkllm_codegen": {"numpy"},
     "vkllm_shaders": {"numpy", "vkllm_codegen"},

@@ -33,6 +33,7 @@ from vkllm.perplexity_cli import eval_quant, perplexity
 from vkllm.profile_cli import profile_model
 from vkllm.serve.command import serve
 from vkllm.soak_cli import soak
+from vkllm.tune_cli import tune_model
 from vkllm_codegen.errors import HintedError
 
 if TYPE_CHECKING:
@@ -470,6 +471,7 @@ def shaders(out: Annotated[Path, typer.Argument(help="Folder for .spv, .spvasm, 
 app.command()(serve)
 app.command()(soak)
 app.command("profile")(profile_model)
+app.command("tune")(tune_model)
 app.command("import")(import_model)
 app.command("pull")(pull_model)
 app.command("list")(list_models)

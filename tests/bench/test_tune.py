@@ -1,0 +1,160 @@
+"""vkllm tune: the search with given timings and a clock of its own; what is kept, for whom, and what is not believed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vkllm import tuned as store
+from vkllm.cli import app
+from vkllm.config import ModelConfig
+from vkllm.files import open_model
+from vkllm.tune import DeviceTimer, axes, model_shapes, search
+from vkllm.tuned import ALLOWED, Choices, Shape, default_choices, path, save, tuned
+from vkllm.vk.types import MINIMUM_LIMITS, DeviceInfo
+from vkllm_codegen.errors import KernelError
+
+START = Choices()
+SHAPES = (Shape("Q8_0", 64, 128), Shape("Q4_K", 256, 256))
+DEVICE = DeviceInfo(0, "a device", "cpu", 1, 2, "driver", "build 1", 7, (1, 3, 0), b"", None, 1, 1, MINIMUM_LIMITS)
+
+
+def timings(by_axis: dict[str, dict[object, float]]) -> Any:
+    """A timer that takes the seconds of an axis from a table."""
+    return lambda choices, axis: by_axis[axis][getattr(choices, axis)]
+
+
+def test_the_fastest_of_each_is_chosen() -> None:
+    timer = timings({"rows": {4: 1.0, 2: 0.8, 8: 0.5}, "tile": {4: 1.0, 2: 0.7, 8: 2.0}})
+    found = search(START, {"rows": (2, 4, 8), "tile": (2, 4, 8)}, timer, 60, clock=lambda: 0.0)
+    assert found.choices == replace(START, rows=8, tile=2)
+    assert found.finished
+    assert [(e.axis, e.value, e.best, e.seconds, e.kept) for e in found.experiments] == [
+        ("rows", 2, 1.0, 0.8, True),
+        ("rows", 8, 0.8, 0.5, True),
+        ("tile", 2, 1.0, 0.7, True),
+        ("tile", 8, 0.7, 2.0, False),
+    ]
+
+
+def test_what_is_hardly_faster_is_noise() -> None:
+    found = search(START, {"rows": (2,)}, timings({"rows": {4: 1.0, 2: 0.98}}), 60, clock=lambda: 0.0)
+    assert found.choices == START
+    assert not found.experiments[0].kept
+
+
+def test_later_choices_are_tried_with_earlier_winners() -> None:
+    seen = []
+
+    def timer(choices: Choices, axis: str) -> float:
+        seen.append((axis, choices.rows, choices.tile))
+        return 1.0 / (choices.rows * choices.tile)
+
+    search(START, {"rows": (8,), "tile": (8,)}, timer, 60, clock=lambda: 0.0)
+    assert seen == [("rows", 4, 4), ("rows", 8, 4), ("tile", 8, 4), ("tile", 8, 8)]
+
+
+def test_the_search_ends_when_its_time_is_up() -> None:
+    now = iter(range(100))
+    found = search(START, {"rows": (2, 8), "tile": (2, 8)}, lambda *_: 1.0, 3, clock=lambda: float(next(now)))
+    assert not found.finished
+    assert [(e.axis, e.value) for e in found.experiments] == [("rows", 2)]
+    assert search(START, {"rows": (2,)}, lambda *_: 1.0, 0, clock=lambda: 0.0).experiments == ()
+
+
+def test_what_cannot_run_is_left_out_and_told() -> None:
+    def timer(choices: Choices, axis: str) -> float:
+        if choices.rows == 8:
+            raise KernelError("too many rows", hint="")
+        return 1.0
+
+    found = search(START, {"rows": (8,)}, timer, 60, clock=lambda: 0.0)
+    assert found.choices == START
+    assert (found.experiments[0].seconds, found.experiments[0].problem) == (None, "too many rows")
+
+
+def test_choices_come_back(tmp_path: Path) -> None:
+    chosen = Choices(rows=8, tile=2, attention_tile=16, split=256, activations="int8")
+    save(chosen, DEVICE, SHAPES, tmp_path)
+    assert tuned(DEVICE, SHAPES, True, tmp_path) == chosen
+    assert tuned(DEVICE, reversed(SHAPES), True, tmp_path) == chosen  # an order means nothing
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(DEVICE, name="another"),
+        replace(DEVICE, driver_version=8),
+        replace(DEVICE, driver_info="build 2"),
+        replace(DEVICE, limits=replace(MINIMUM_LIMITS, subgroup_size=16)),
+    ],
+)
+def test_another_device_or_driver_has_its_defaults(other: DeviceInfo, tmp_path: Path) -> None:
+    save(Choices(rows=8), DEVICE, SHAPES, tmp_path)
+    assert tuned(other, SHAPES, False, tmp_path) == default_choices(False)
+
+
+def test_other_shapes_have_their_defaults(tmp_path: Path) -> None:
+    save(Choices(rows=8), DEVICE, SHAPES, tmp_path)
+    assert tuned(DEVICE, SHAPES[:1], False, tmp_path) == default_choices(False)
+
+
+def test_another_version_of_the_kernels_has_its_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(Choices(rows=8), DEVICE, SHAPES, tmp_path)
+
+    class Other:
+        def __init__(self, folder: Path | None) -> None:
+            self.folder = Path("kernels-of-another-version")
+
+    monkeypatch.setattr(store, "KernelCache", Other)
+    assert tuned(DEVICE, SHAPES, False, tmp_path) == default_choices(False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", "null", json.dumps({"rows": 2}), json.dumps(asdict(START) | {"more": 1})]
+    + [json.dumps(asdict(START) | {name: bad}) for name in ALLOWED for bad in (3, True, 4.0, "x", None, [4])],
+)
+def test_a_damaged_file_is_ignored(text: str, tmp_path: Path) -> None:
+    path(DEVICE, SHAPES, tmp_path).write_text(text)
+    assert tuned(DEVICE, SHAPES, True, tmp_path) == default_choices(True)
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    save(START, DEVICE, SHAPES, tmp_path / "file")
+
+
+@pytest.mark.parametrize("lane_row", [True, False])
+def test_what_is_tried_may_be_kept(lane_row: bool) -> None:
+    for lanes in (8, 16, 32):
+        assert all(value in ALLOWED[axis] for axis, values in axes(lane_row, lanes).items() for value in values)
+
+
+def test_every_candidate_runs_on_the_device(device: Any) -> None:
+    """On shapes of a real model's formats: one that never ran would never be chosen."""
+    with open_model("tiny") as file:
+        config, shapes = ModelConfig.from_gguf(file), model_shapes(file)
+    assert sum(shapes.values()) == 7 * config.n_layer + 1
+    few = {next(iter(shapes)): 1}
+    timer = DeviceTimer(device, config, few, lane_row=device.info.kind == "cpu")
+    tried = axes(device.info.kind == "cpu", device.limits.subgroup_size)
+    found = search(default_choices(True), {axis: values for axis, values in tried.items() if axis != "rows"}, timer, 600)
+    assert found.finished
+    assert [e.problem for e in found.experiments] == [""] * len(found.experiments)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VKLLM_CACHE_DIR", str(tmp_path))
+    result = CliRunner().invoke(app, ["tune", "tiny", "--minutes", "0", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["finished"] is False
+    assert json.loads(Path(found["file"]).read_text()) == found["choices"]
+    people = CliRunner().invoke(app, ["tune", "tiny", "--minutes", "0", "--report"])
+    assert "rows 4" in people.stdout

@@ -1,0 +1,232 @@
+"""`vkllm tune`: tries, on the user's device, what can be chosen without changing results, and keeps what was faster.
+
+One choice after the other, each alternative beside the best so far, until the time is up. The search knows no device: it is
+given a timer and a clock. The timer runs the kernels alone, on weights of the model's shapes that no cache holds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from vkllm.config import ModelConfig
+from vkllm.errors import VkllmError
+from vkllm.expand import device_type
+from vkllm.files.model_file import ModelFile
+from vkllm.kernels import texel_format
+from vkllm.models import build_graph
+from vkllm.plan import Embed, Linear, parts_of
+from vkllm.tuned import Choices, Shape
+from vkllm.vk import Binding, Buffer, Device
+from vkllm_codegen import Kernel
+from vkllm_codegen.errors import KernelError
+from vkllm_shaders.attention import AttentionSpec, cache_row_nbytes, direct, partial
+from vkllm_shaders.formats import FORMATS, Layout, packed_nbytes
+from vkllm_shaders.matmul import MatmulSpec, matmul
+from vkllm_shaders.quantize import SCALE_ROWS
+
+MARGIN = 0.03  # a new choice must be faster by this share: less is noise
+N_DECODE, N_CHUNK, CHUNK = 64, 4, 64  # the request to make fast: 64 tokens after a prompt of 4 chunks of 64
+DEPTH = 4096
+COLD_BYTES = 96 << 20  # of distinct weights in one measurement, so that none is in a cache
+ONES = 0x3C  # fills weights and activations: finite, not denormal in any format
+TRIES = 5
+
+Timer = Callable[[Choices, str], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """One alternative: what was changed, and seconds before and after. `seconds` None: it cannot run here, `problem` says why."""
+
+    axis: str
+    value: object
+    best: float
+    seconds: float | None
+    kept: bool
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The choices to keep, and the experiments in order. `finished`: the time sufficed for all."""
+
+    choices: Choices
+    experiments: tuple[Experiment, ...]
+    finished: bool
+
+
+def axes(lane_row: bool, lanes: int) -> dict[str, tuple[object, ...]]:
+    """What to try for each choice, the ones that matter most first."""
+    return {
+        "activations": ("f32", "int8"),
+        "rows": (2, 4, 8),
+        "tile": (2, 4) if lane_row else (4, 8, 16),
+        **({"attention_tile": (0, 2 * lanes)} if lane_row else {"split": (256, 512, 1024)}),
+    }
+
+
+def search(
+    start: Choices,
+    candidates: Mapping[str, Sequence[object]],
+    timer: Timer,
+    seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Outcome:
+    """Change one choice at a time and keep what is faster by MARGIN. `timer(choices, axis)`: seconds of what `axis` concerns."""
+    end, best = clock() + seconds, start
+    experiments: list[Experiment] = []
+    for axis, values in candidates.items():
+        if clock() >= end:
+            return Outcome(best, tuple(experiments), finished=False)
+        fastest = timer(best, axis)
+        for value in (v for v in values if v != getattr(start, axis)):
+            if clock() >= end:
+                return Outcome(best, tuple(experiments), finished=False)
+            tell(f"{axis} {value}")
+            changed = _with(best, axis, value)
+            tried = _try(changed, axis, fastest, timer)
+            experiments.append(tried)
+            if tried.kept and tried.seconds is not None:
+                best, fastest = changed, tried.seconds
+    return Outcome(best, tuple(experiments), finished=True)
+
+
+def _with(choices: Choices, axis: str, value: object) -> Choices:
+    """The same with one choice changed."""
+    return Choices(**(asdict(choices) | {axis: value}))
+
+
+def _try(choices: Choices, axis: str, fastest: float, timer: Timer) -> Experiment:
+    value = getattr(choices, axis)
+    try:
+        found = timer(choices, axis)
+    except (KernelError, VkllmError) as error:
+        return Experiment(axis, value, fastest, None, False, error.message)
+    return Experiment(axis, value, fastest, found, found < fastest * (1 - MARGIN))
+
+
+def model_shapes(file: ModelFile) -> Counter[Shape]:
+    """A model's matrices by shape, as kernels see them, and how many there are. Experts count as those that a token uses."""
+    config = ModelConfig.from_gguf(file)
+    graph = build_graph(config, file.tensors)
+    shapes: Counter[Shape] = Counter()
+    for op in graph.ops:
+        gather = isinstance(op, Linear) and op.gather
+        for part in () if isinstance(op, Embed) else parts_of(op):
+            shape = Shape(device_type(file.tensors[part.weight].type), part.n_row, part.n_col, gather)
+            shapes[shape] += config.n_expert_used if part.n_expert else 1
+    return shapes
+
+
+class DeviceTimer:
+    """Seconds of a request's matrix products or attention on a device, for some choices: the best of TRIES runs each."""
+
+    def __init__(self, device: Device, config: ModelConfig, shapes: Mapping[Shape, int], lane_row: bool) -> None:
+        self._device, self._config, self._shapes, self._lane_row = device, config, shapes, lane_row
+        self._lanes = device.limits.subgroup_size
+        self._known: dict[object, float] = {}
+
+    def __call__(self, choices: Choices, axis: str) -> float:
+        if axis in ("attention_tile", "split"):
+            return self._once((axis, choices.attention_tile, choices.split), lambda: self._attention(choices))
+        return sum(count * self._product(shape, choices, axis) for shape, count in self._shapes.items())
+
+    def _product(self, shape: Shape, choices: Choices, axis: str) -> float:
+        """A matrix in a whole request; a tile of tokens concerns prefill alone."""
+        decode = 0.0 if axis == "tile" else N_DECODE * self._matmul(shape, choices, 1)
+        return decode + (0.0 if shape.gather else N_CHUNK * self._matmul(shape, choices, CHUNK))
+
+    def _once(self, key: object, measure: Callable[[], float]) -> float:
+        if key not in self._known:
+            self._known[key] = measure()
+        return self._known[key]
+
+    def _matmul(self, shape: Shape, choices: Choices, n_token: int) -> float:
+        layout = Layout("lane_row", self._lanes, choices.rows) if self._lane_row else Layout("lane_chunk", 1, choices.rows)
+        tile = 1 if n_token == 1 else choices.tile
+        activations = choices.activations if FORMATS[shape.fmt].n_sub else "f32"
+        quantized = activations == "int8" and self._lane_row and tile == SCALE_ROWS
+        spec = MatmulSpec(shape.fmt, layout, tile, activations=activations, quantized=quantized, subgroup=self._lanes)
+        return self._once((spec, shape, n_token), lambda: self._run_matmul(spec, shape, n_token))
+
+    def _run_matmul(self, spec: MatmulSpec, shape: Shape, n_token: int) -> float:
+        f, n_group = FORMATS[shape.fmt], spec.layout.n_group(shape.n_row)
+        n_packed = n_group * spec.layout.group_rows
+        nbytes, width = packed_nbytes(shape.fmt, n_packed, shape.n_col, spec.layout), -(-shape.n_col // 64) * 64
+        copies = max(1, min(64, COLD_BYTES // nbytes)) if n_token == 1 else 1
+        sizes = dict.fromkeys(("x", "norm_w", "bias", "scales"), 4 * (n_token + SCALE_ROWS) * width)
+        sizes |= {"y": 4 * n_token * shape.n_row + 256, "params": 64 * (n_token + 1)}
+        push = {"n_chunk": f.n_chunk(shape.n_col), "n_group": n_group, "n_token": n_token, "n_row": shape.n_row, "first_row": 0}
+        push |= {"x_stride": width // (16 if spec.quantized else 4), "y_stride": shape.n_row, "n_col": shape.n_col, "eps": 1}
+        return self._time(matmul(spec), sizes, {"w": nbytes}, copies, push, spec.groups(n_packed, n_token))
+
+    def _attention(self, choices: Choices) -> float:
+        """All layers of N_DECODE tokens at DEPTH, but for the merge of the parts."""
+        c, limits = self._config, self._device.limits
+        group, tile = c.n_head // c.n_kv_head, choices.attention_tile
+        schedule: Any = "lane_row" if self._lane_row else "lane_chunk"
+        spec = AttentionSpec(c.head_dim, group, lanes=self._lanes, schedule=schedule, split=choices.split, tile=tile)
+        spec = spec if self._lane_row else spec.fitted(limits.max_shared_bytes, limits.max_workgroup_invocations)
+        n_split = 1 if self._lane_row else spec.n_split(DEPTH)
+        kept = DEPTH * c.n_kv_head * cache_row_nbytes(c.head_dim, "f16")
+        sizes = {"q": 4 * c.n_head * c.head_dim, "block_table": 4 * DEPTH, "params": 64, "sinks": 4 * c.n_head}
+        sizes["out"] = max(sizes["q"], spec.scratch_nbytes(1, c.n_kv_head, n_split))
+        kernel = direct(spec) if self._lane_row else partial(spec)
+        push = {"n_token": 1, "n_kv_head": c.n_kv_head}
+        seconds = self._time(kernel, sizes, {"k": kept, "v": kept}, c.n_layer, push, (n_split, c.n_kv_head, 1))
+        return N_DECODE * c.n_layer * seconds
+
+    def _time(
+        self,
+        kernel: Kernel,
+        shared: Mapping[str, int],
+        own: Mapping[str, int],
+        copies: int,
+        push: Mapping[str, int | float],
+        groups: tuple[int, int, int],
+    ) -> float:
+        """Seconds of a dispatch. Buffers by name and size: `shared` by all dispatches of a run, `own` of each of the `copies`."""
+        device, names = self._device, {b.name for b in kernel.bindings}
+        common = {name: self._filled(name, nbytes) for name, nbytes in shared.items() if name in names}
+        each = [{name: self._filled(name, nbytes) for name, nbytes in own.items()} for _ in range(copies)]
+        pipeline = device.pipeline(kernel.name, kernel.spirv(), tuple(b.kind for b in kernel.bindings), kernel.push_bytes)
+        pushed = kernel.pack_push(**{name: push[name] for name, _, _ in kernel.push})
+        recording = device.recording(kernel.name)
+        try:
+            for buffers in each:
+                bound = common | buffers
+                recording.dispatch(
+                    pipeline, [Binding(bound[b.name], format=texel_format(b)) for b in kernel.bindings], groups, pushed
+                )
+            recording.barrier()
+            recording.finish()
+            recording.run()
+            return min(_seconds(recording.run) for _ in range(TRIES)) / copies
+        finally:
+            for buffer in [*common.values(), *(b for buffers in each for b in buffers.values())]:
+                buffer.free()
+
+    def _filled(self, name: str, nbytes: int) -> Buffer:
+        buffer = self._device.buffer(-(-nbytes // 256) * 256, name=name)
+        if name == "block_table":
+            values = np.arange(buffer.nbytes // 4, dtype=np.uint32)
+        elif name == "params":
+            values = np.zeros(buffer.nbytes // 4, np.uint32)
+            values[3] = DEPTH  # of attention's only row: its length
+        else:
+            values = np.full(buffer.nbytes // 4, ONES * 0x01010101, np.uint32)
+        buffer.write(values)
+        return buffer
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started

@@ -1,0 +1,87 @@
+"""What `vkllm tune` has found, on disk: the choices for a device, its driver, this version of the kernels, and a model's shapes.
+
+Whatever is missing, damaged or was found by another version is as if nothing had been tuned: the defaults of the device's class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from vkllm.kernel_cache import KernelCache
+from vkllm.vk import DeviceInfo, cache
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One matrix of a model: its ggml type, rows and columns. `gather`: only a prompt's last token is multiplied with it."""
+
+    fmt: str
+    n_row: int
+    n_col: int
+    gather: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """How kernels are made where several ways give the same results.
+
+    `rows`: of a matrix, that a lane owns. `tile`: tokens a workgroup in prefill. `attention_tile`: positions a turn (0: one a
+    lane). `split`: positions a workgroup of split attention. `activations`: what "auto" means for this model.
+    """
+
+    rows: int = 4
+    tile: int = 4
+    attention_tile: int = 0
+    split: int = 512
+    activations: Literal["f32", "int8"] = "f32"
+
+
+ALLOWED: dict[str, tuple[object, ...]] = {
+    "rows": (2, 4, 8),
+    "tile": (2, 4, 8, 16),
+    "attention_tile": (0, 8, 16, 32, 64),
+    "split": (128, 256, 512, 1024, 2048),
+    "activations": ("f32", "int8"),
+}
+
+
+def default_choices(lane_row: bool) -> Choices:
+    """What was measured to be good for a class of devices: lane_row is for CPUs."""
+    return Choices(activations="int8" if lane_row else "f32")
+
+
+def path(device: DeviceInfo, shapes: Iterable[Shape], folder: Path | None = None) -> Path:
+    """The file of a device and a model's shapes. Its name holds driver version and subgroup size, and a hash of the kernels'
+    sources, of the driver's build and of the shapes."""
+    known = f"{device.name}|{device.driver_name}|{device.driver_info}|{device.vendor_id}|{device.device_id}"
+    listed = sorted({(s.fmt, s.n_row, s.n_col, s.gather) for s in shapes})
+    digest = hashlib.sha256(f"{known}|{KernelCache(folder).folder.name}|{listed}".encode()).hexdigest()[:24]
+    return (folder or cache.directory()) / f"tuned-{device.driver_version:08x}-s{device.limits.subgroup_size}-{digest}.json"
+
+
+def save(choices: Choices, device: DeviceInfo, shapes: Iterable[Shape], folder: Path | None = None) -> Path:
+    """Keep the choices. A folder that cannot be written is no error. Returns the file."""
+    file = path(device, shapes, folder)
+    cache.replace(file, json.dumps(asdict(choices)).encode())
+    return file
+
+
+def tuned(device: DeviceInfo, shapes: Iterable[Shape], lane_row: bool, folder: Path | None = None) -> Choices:
+    """What was found for this device and these shapes; the defaults where nothing was, or what was is not valid."""
+    try:
+        found = json.loads(path(device, shapes, folder).read_text())
+        names = {field.name for field in fields(Choices)}
+        if set(found) == names and all(_is_allowed(name, found[name]) for name in names):
+            return Choices(**found)
+    except (OSError, ValueError, TypeError):
+        pass
+    return default_choices(lane_row)
+
+
+def _is_allowed(name: str, value: object) -> bool:
+    return not isinstance(value, bool | float) and value in ALLOWED[name]
