@@ -41,6 +41,8 @@ LIMIT = "VKLLM_WEIGHT_CACHE"  # another limit, in GiB; 0: no cache
 LEAST_FREE = 0.1  # of the disk
 ABANDONED_S = 3600.0  # a temporary file of this age has no writer any more
 SLAB_BYTES = 16 << 20
+FETCH_STEP = 1 << 16  # a fault brings in so many bytes round it
+FETCH_BYTES = 8 << 30  # larger files come page by page: experts may never be used
 
 
 class PackedMatrix(Protocol):
@@ -135,6 +137,12 @@ class PackedMap:
         """A matrix with the rest of its last page: views of the file, which keep it mapped."""
         offset, size = self._places[name]
         return self._bytes[offset : _pages(offset + size)]
+
+    def fetch(self) -> None:
+        """Beside everything else: bring the file into memory, and its pages into this process."""
+        if len(self._map) <= FETCH_BYTES:
+            touched = self._bytes[::FETCH_STEP]
+            threading.Thread(target=touched.max, name="fetch packed weights", daemon=True).start()
 
     def slabs(self, name: str) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """(offset in the matrix, bytes) of its pieces. What was read leaves the memory before the next one."""

@@ -93,6 +93,8 @@ def load_weights(
     """
     cache = PackedCache.of(file, matrices) if cached else None
     if cache is not None and (packed := cache.open()) is not None:
+        if device.limits.unified_memory:
+            packed.fetch()
         return {matrix.name: _from_cache(device, packed, matrix) for matrix in matrices}
     writer = cache.writer() if cache is not None else None
     try:

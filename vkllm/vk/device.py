@@ -342,14 +342,14 @@ class Device:
         """
         key = (spirv, kinds, push_bytes, spec, required_subgroup_size)
         self._check_pipeline(kernel_name, push_bytes, required_subgroup_size, features)
-        with self._lock:
-            if key not in self._pipelines:
-                with self._calls(f"compiling {kernel_name}"):
-                    native = self._native.pipeline(
-                        spirv, kinds, push_bytes, [(i, _bits(v)) for i, v in spec], required_subgroup_size or 0
-                    )
-                self._pipelines[key] = Pipeline(kernel_name, kinds, push_bytes, native)
-            return self._pipelines[key]
+        found = self._pipelines.get(key)
+        if found is None:  # several threads may compile at once; of two that compile the same, the first one's counts
+            with self._calls(f"compiling {kernel_name}"):
+                native = self._native.pipeline(
+                    spirv, kinds, push_bytes, [(i, _bits(v)) for i, v in spec], required_subgroup_size or 0
+                )
+            found = self._pipelines.setdefault(key, Pipeline(kernel_name, kinds, push_bytes, native))
+        return found
 
     def _check_pipeline(self, name: str, push_bytes: int, subgroup: int | None, features: frozenset[str]) -> None:
         limits = self.limits

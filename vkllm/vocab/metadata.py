@@ -43,7 +43,7 @@ class VocabMetadata:
         value = self.get(name)
         if value is None:
             raise missing(name)
-        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        if not isinstance(value, list) or set(map(type, value)) - {str}:
             raise ConfigError(f"tokenizer.ggml.{name} must be an array of strings", hint=AGAIN)
         return value
 

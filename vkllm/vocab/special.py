@@ -48,7 +48,7 @@ class SpecialTokens:
         self._tokens = tokens
         n = len(tokens)
         typed = meta.get("token_type") is not None
-        self.types: list[int] = [int(t) for t in meta.numbers("token_type", n)] if typed else [NORMAL] * n
+        self.types: list[int] = list(map(int, meta.numbers("token_type", n))) if typed else [NORMAL] * n
         found = {text: i for i, text in enumerate(tokens) if text in _NAMED}
         fill = {key: meta.token_id(key, n, meta.token_id(OLD_FILL_KEYS.get(key, key), n)) for key in FILL_TEXTS}
         for key, texts in FILL_TEXTS.items():
@@ -62,7 +62,7 @@ class SpecialTokens:
         ends |= {i for key in FILL_ENDS if (i := fill[key]) is not None}
         ends |= {i for key in ("eos", "eot", "eom") if (i := meta.token_id(key, n, _default_eos(meta, key))) is not None}
         self.end_ids = frozenset(self._without_false_ends(ends, found))
-        self._ids = [i for i, kind in enumerate(self.types) if kind in SPECIAL and tokens[i]]
+        self._ids = [i for i, kind in enumerate(self.types) if kind != NORMAL and kind in SPECIAL and tokens[i]]
         self._ids.sort(key=lambda i: -len(tokens[i].encode("utf-8", "surrogateescape")))
         self._stripping = self._ids_that_strip(str(meta.pairs.get("general.name", "")).lower())
 

@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
+#include <optional>
 
 #include "features.hpp"
 #include "recording.hpp"
@@ -152,10 +153,16 @@ describe(VkInstance instance, VkPhysicalDevice device)
 nb::list
 devices()
 {
-    const Instance instance;
+    std::optional<Instance> instance;
+    std::vector<VkPhysicalDevice> found;
+    {
+        const nb::gil_scoped_release others; // loading drivers takes long
+        instance.emplace();
+        found = instance->devices();
+    }
     nb::list list;
-    for (VkPhysicalDevice d : instance.devices())
-        list.append(describe(instance.handle, d));
+    for (VkPhysicalDevice d : found)
+        list.append(describe(instance->handle, d));
     return list;
 }
 
@@ -232,7 +239,9 @@ NB_MODULE(_native, m)
 
     nb::class_<Device>(m, "Device")
       .def(nb::new_([](uint32_t index, uint32_t family, nb::bytes cache, bool force_unmapped) {
-               return std::make_shared<Device>(index, family, text(cache), force_unmapped);
+               const std::string data = text(cache);
+               const nb::gil_scoped_release others;
+               return std::make_shared<Device>(index, family, data, force_unmapped);
            }),
            "index"_a, "family"_a, "cache"_a, "force_unmapped"_a)
       .def("buffer", [](std::shared_ptr<Device> d, uint64_t nbytes, bool host) { return std::make_shared<Buffer>(std::move(d), nbytes, host); },
@@ -257,7 +266,9 @@ NB_MODULE(_native, m)
                std::vector<Specialization> values;
                for (const auto& [id, bits] : spec)
                    values.push_back({ id, bits });
-               return std::make_shared<Pipeline>(std::move(d), text(spirv), std::move(types), push_bytes, values, required_subgroup_size);
+               const std::string code = text(spirv);
+               const nb::gil_scoped_release others;
+               return std::make_shared<Pipeline>(std::move(d), code, std::move(types), push_bytes, values, required_subgroup_size);
            },
            "spirv"_a, "kinds"_a, "push_bytes"_a, "spec"_a, "required_subgroup_size"_a)
       .def("recording", [](std::shared_ptr<Device> d, uint32_t timestamps) { return std::make_shared<Recording>(std::move(d), timestamps); },
