@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,9 +95,16 @@ class LLMEngine:
         Raises: FileFormatError, UnsupportedModelError, ConfigError: the file; DeviceError: no device, or too little memory.
         """
         runtime = runtime or RuntimeConfig()
-        file = open_model(model)
+        with ThreadPoolExecutor(1) as pool:  # drivers are loaded while the file is read
+            opening = pool.submit(open_device, runtime.device)
+            try:
+                file = open_model(model)
+            except BaseException:
+                if opening.exception() is None:
+                    opening.result().close()
+                raise
         try:
-            device = open_device(runtime.device)
+            device = opening.result()
         except BaseException:
             file.close()
             raise
