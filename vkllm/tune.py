@@ -20,8 +20,7 @@ from vkllm.expand import device_type
 from vkllm.files.model_file import ModelFile
 from vkllm.kernels import texel_format
 from vkllm.models import build_graph
-from vkllm.plan import Embed, Linear, parts_of
-from vkllm.tuned import Choices, Shape
+from vkllm.tuned import Choices, Shape, product_shapes
 from vkllm.vk import Binding, Buffer, Device
 from vkllm_codegen import Kernel
 from vkllm_codegen.errors import KernelError
@@ -113,16 +112,9 @@ def _try(choices: Choices, axis: str, fastest: float, timer: Timer) -> Experimen
 
 
 def model_shapes(file: ModelFile) -> Counter[Shape]:
-    """A model's matrices by shape, as kernels see them, and how many there are. Experts count as those that a token uses."""
-    config = ModelConfig.from_gguf(file)
-    graph = build_graph(config, file.tensors)
-    shapes: Counter[Shape] = Counter()
-    for op in graph.ops:
-        gather = isinstance(op, Linear) and op.gather
-        for part in () if isinstance(op, Embed) else parts_of(op):
-            shape = Shape(device_type(file.tensors[part.weight].type), part.n_row, part.n_col, gather)
-            shapes[shape] += config.n_expert_used if part.n_expert else 1
-    return shapes
+    """A file's matrices by shape, as kernels see them, and how many there are."""
+    graph = build_graph(ModelConfig.from_gguf(file), file.tensors)
+    return product_shapes(graph, {part.weight: device_type(file.tensors[part.weight].type) for part in graph.parts()})
 
 
 class DeviceTimer:

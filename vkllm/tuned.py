@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 from vkllm.kernel_cache import KernelCache
+from vkllm.plan import Embed, Graph, Linear, parts_of
 from vkllm.vk import DeviceInfo, cache
+from vkllm_shaders.quantize import SCALE_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,20 @@ def default_choices(lane_row: bool) -> Choices:
     return Choices(activations="int8" if lane_row else "f32")
 
 
+def product_shapes(graph: Graph, types: Mapping[str, str]) -> Counter[Shape]:
+    """The matrices of a model's products by shape, and how many there are; of experts, as many as a token uses.
+
+    `types`: a weight's type on the device, by name.
+    """
+    shapes: Counter[Shape] = Counter()
+    for op in graph.ops:
+        gather = isinstance(op, Linear) and op.gather
+        for part in () if isinstance(op, Embed) else parts_of(op):
+            n = graph.config.n_expert_used if part.n_expert else 1
+            shapes[Shape(types[part.weight], part.n_row, part.n_col, gather)] += n
+    return shapes
+
+
 def path(device: DeviceInfo, shapes: Iterable[Shape], folder: Path | None = None) -> Path:
     """The file of a device and a model's shapes. Its name holds driver version and subgroup size, and a hash of the kernels'
     sources, of the driver's build and of the shapes."""
@@ -77,7 +94,9 @@ def tuned(device: DeviceInfo, shapes: Iterable[Shape], lane_row: bool, folder: P
         found = json.loads(path(device, shapes, folder).read_text())
         names = {field.name for field in fields(Choices)}
         if set(found) == names and all(_is_allowed(name, found[name]) for name in names):
-            return Choices(**found)
+            choices = Choices(**found)
+            if _can_run(choices, device, lane_row):
+                return choices
     except (OSError, ValueError, TypeError):
         pass
     return default_choices(lane_row)
@@ -85,3 +104,8 @@ def tuned(device: DeviceInfo, shapes: Iterable[Shape], lane_row: bool, folder: P
 
 def _is_allowed(name: str, value: object) -> bool:
     return not isinstance(value, bool | float) and value in ALLOWED[name]
+
+
+def _can_run(choices: Choices, device: DeviceInfo, lane_row: bool) -> bool:
+    """Do the choices suit the schedule and the device's subgroups?"""
+    return choices.attention_tile % device.limits.subgroup_size == 0 and (not lane_row or choices.tile <= SCALE_ROWS)

@@ -125,6 +125,13 @@ def test_a_damaged_file_is_ignored(text: str, tmp_path: Path) -> None:
     assert tuned(DEVICE, SHAPES, True, tmp_path) == default_choices(True)
 
 
+def test_choices_that_cannot_run_are_ignored(tmp_path: Path) -> None:
+    for lane_row, wrong in ((True, Choices(tile=8)), (False, Choices(attention_tile=8))):
+        device = DEVICE if lane_row else replace(DEVICE, limits=replace(MINIMUM_LIMITS, subgroup_size=32))
+        save(wrong, device, SHAPES, tmp_path)
+        assert tuned(device, SHAPES, lane_row, tmp_path) == default_choices(lane_row)
+
+
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     save(START, DEVICE, SHAPES, tmp_path / "file")
