@@ -74,7 +74,9 @@ def benchmark(model: str, runtime: RuntimeConfig, n_prompt: int, n_generate: int
     Raises: RequestError: more tokens than the context holds; otherwise as LLMEngine.init_model.
     """
     runtime = replace(
-        runtime, n_ctx=_context(model, runtime, max(n_prompt, n_generate + 2, depth and max(depth, SHALLOW) + TURN))
+        runtime,
+        speculate="off",
+        n_ctx=_context(model, runtime, max(n_prompt, n_generate + 2, depth and max(depth, SHALLOW) + TURN)),
     )
     started = time.perf_counter()
     with LLMEngine.init_model(model, runtime) as engine:

@@ -16,6 +16,10 @@ RopeScalingKind = Literal["none", "linear", "yarn", "longrope"]
 Activations = Literal["auto", "f32", "int8"]
 Schedule = Literal["auto", "lane_row", "lane_chunk"]
 CacheType = Literal["f16", "q8_0"]
+Speculate = Literal["auto", "off"] | int
+
+MAX_DRAFT = 15
+"""Most tokens that speculation drafts for a step."""
 
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256, 512)
 """What the attention kernels can divide: they take positions 8 at a time, and split a long context every 512."""
@@ -339,6 +343,11 @@ def _n_vocab(meta: _Metadata, arch: str) -> int:
     return n_vocab
 
 
+def speculate_of(text: str) -> Speculate:
+    """An option's text: "auto", "off" or a number. RuntimeConfig refuses anything else."""
+    return int(text) if text.isdecimal() else text  # type: ignore[return-value]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeConfig:
     """How to run a model. `n_ctx` None: what the model was trained for, as far as memory allows.
@@ -363,6 +372,7 @@ class RuntimeConfig:
     cache_tokens: int | None = None
     block_size: int = 32
     submit_ms: float = 100.0
+    speculate: Speculate = "auto"
     progress: bool = False
     weight_cache: bool = True
 
@@ -371,6 +381,8 @@ class RuntimeConfig:
             raise ConfigError(f"activations is {self.activations!r}", hint="choose auto, f32 or int8")
         if self.cache_type not in get_args(CacheType):
             raise ConfigError(f"cache_type is {self.cache_type!r}", hint="choose f16 or q8_0")
+        if self.speculate not in ("auto", "off", *range(1, MAX_DRAFT + 1)) or isinstance(self.speculate, bool):
+            raise ConfigError(f"speculate is {self.speculate!r}", hint=f"choose auto, off or 1 to {MAX_DRAFT} tokens")
         if not 0 < self.memory_share <= 1:
             raise ConfigError(f"memory_share is {self.memory_share!r}; expected a number up to 1", hint="leave it out for 0.9")
         if self.schedule not in get_args(Schedule):

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 
 from vkllm.chain import ModelChain, Output, Rows, Span
 from vkllm.config import ModelConfig, RuntimeConfig
-from vkllm.errors import ContextTooLongError, RequestError
+from vkllm.errors import ContextTooLongError, NonFiniteError, RequestError
 from vkllm.files import open_model
 from vkllm.files.model_file import ModelFile
 from vkllm.kv_cache import BlockPool, BlockTable
 from vkllm.models import build_graph
 from vkllm.sampler import Sampler, SamplingParams, StopMatcher
+from vkllm.speculation import Bid, DraftPlanner, Speculator
 from vkllm.tokenizer import Tokenizer
 from vkllm.vk import Device, open_device
 
@@ -32,11 +34,14 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one request. `cached_tokens` of the prompt were still in the cache and not computed again."""
+    """Tokens of one request. `cached_tokens` of the prompt were still in the cache and not computed again; `drafted_tokens` were
+    tried by speculation, and `accepted_tokens` of them were right: each saved a step."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,30 @@ class StreamEvent:
     result: GenerationResult | None = None
 
 
+@dataclass(eq=False, slots=True)
+class _Generation:
+    """One request under way: what it may still become, and the tokens that it has."""
+
+    prompt_ids: list[int]
+    n_max: int
+    ends: frozenset[int]
+    sampler: Sampler
+    ids: list[int] = field(default_factory=list)
+    speculator: Speculator | None = None
+    n_cached: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens that may be drafted: after them there is one more of the step itself."""
+        return self.n_max - len(self.ids) - 1
+
+    def usage(self) -> Usage:
+        """Its tokens, counted."""
+        return Usage(len(self.prompt_ids), len(self.ids), self.n_cached, self.n_drafted, self.n_accepted)
+
+
 class LLMEngine:
     """A loaded model on a device. Make one with `init_model`; close it, or use it as a context manager."""
 
@@ -80,6 +109,7 @@ class LLMEngine:
         self.tokenizer = Tokenizer.from_gguf(file.metadata)
         self.chain = ModelChain(device, self.graph, file, runtime)
         self.n_ctx = self.chain.n_ctx
+        self.planner = DraftPlanner(runtime.speculate, self.chain.capacity)
         self._pool = BlockPool(self.chain.n_block, runtime.block_size)
         self._table = BlockTable(runtime.block_size)
         self._cached: list[int] = []
@@ -159,20 +189,19 @@ class LLMEngine:
         return self._run(prompt_ids, params, n_max)
 
     def _run(self, prompt_ids: list[int], params: SamplingParams, n_max: int) -> Iterator[StreamEvent]:
-        sampler, decoder, stop = Sampler(params), self.tokenizer.stream(prompt_ids), StopMatcher(params.stop)
         ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.tokenizer.eos_ids)
-        started = time.perf_counter()
-        ids: list[int] = []
+        g = _Generation(prompt_ids, n_max, ends, Sampler(params))
+        decoder, stop = self.tokenizer.stream(prompt_ids), StopMatcher(params.stop)
         pieces: list[str] = []
-        reason, first_token = "length", started
-        token, cached = self._first_token(prompt_ids, sampler) if n_max else (-1, 0)
-        while len(ids) < n_max:
-            if not ids:
+        started = first_token = time.perf_counter()
+        reason = "length"
+        for token in self._tokens(g):
+            if not g.ids:
                 first_token = time.perf_counter()
             if token in ends:
                 reason = "stop"
                 break
-            ids.append(token)
+            g.ids.append(token)
             text, stopped = stop.push(decoder.push(token))
             if text:
                 pieces.append(text)
@@ -180,30 +209,34 @@ class LLMEngine:
             if stopped:
                 reason = "stop"
                 break
-            if len(ids) < n_max:
-                token = self._next_token(token, sampler, prompt_ids, ids)
         ended = time.perf_counter()
-        if not stop.stopped:
-            text, _ = stop.push(decoder.finish())
-            text += stop.finish()
-            pieces.append(text)
-        else:
-            text = ""
-        yield StreamEvent(text, self._result("".join(pieces), ids, reason, len(prompt_ids), cached, started, first_token, ended))
+        text = "" if stop.stopped else stop.push(decoder.finish())[0] + stop.finish()
+        pieces.append(text)
+        yield StreamEvent(text, self._result("".join(pieces), g, reason, started, first_token, ended))
 
     @staticmethod
-    def _result(
-        text: str, ids: list[int], reason: str, n_prompt: int, cached: int, started: float, first_token: float, ended: float
-    ) -> GenerationResult:
-        prompt_s, decode_s, steps = first_token - started, ended - first_token, max(len(ids) - 1, 0)
+    def _result(text: str, g: _Generation, reason: str, started: float, first_token: float, ended: float) -> GenerationResult:
+        prompt_s, decode_s, steps = first_token - started, ended - first_token, max(len(g.ids) - 1, 0)
         timings = Timings(
             prompt_s=prompt_s,
             decode_s=decode_s,
             ttft_s=prompt_s,
-            prompt_tok_s=(n_prompt - cached) / prompt_s if prompt_s > 0 else 0.0,
+            prompt_tok_s=(len(g.prompt_ids) - g.n_cached) / prompt_s if prompt_s > 0 else 0.0,
             decode_tok_s=steps / decode_s if decode_s > 0 else 0.0,
         )
-        return GenerationResult(text, tuple(ids), reason, Usage(n_prompt, len(ids), cached), timings)
+        return GenerationResult(text, tuple(g.ids), reason, g.usage(), timings)
+
+    def _tokens(self, g: _Generation) -> Iterator[int]:
+        """The tokens of a generation, which appends each to `g.ids` before it asks for the next."""
+        if not g.n_max:
+            return
+        token, g.n_cached = self._first_token(g.prompt_ids, g.sampler)
+        yield token
+        ready: deque[int] = deque()
+        while len(g.ids) < g.n_max:
+            if not ready:
+                ready.extend(self._next_tokens(g))
+            yield ready.popleft()
 
     def prefill(self, token_ids: Sequence[int]) -> int:
         """Put a prompt into the cache, which keeps what it already holds of it, and return the greedy token after it.
@@ -292,22 +325,82 @@ class LLMEngine:
             self._owner = sampler
             return self._choose(output, sampler, prompt_ids), shared
 
-    def _next_token(self, token: int, sampler: Sampler, prompt_ids: list[int], ids: list[int]) -> int:
-        """One decode step; a prefill where another generation has used the cache since."""
+    def _next_tokens(self, g: _Generation) -> list[int]:
+        """One decode step, which gives a token more than drafted ones are right; a prefill where another generation has used the
+        cache since."""
         with self._step():
-            if self._owner is not sampler:
-                return self._first_token(prompt_ids + ids, sampler)[0]
-            position = len(self._cached)
-            self._pool.extend(self._table, position + 1)
-            output = self.chain.forward(Rows.of(Span([token], position, self._table, n_output=1)))
-            self._cached.append(token)
-            return self._choose(output, sampler, prompt_ids, ids)
+            if self._owner is not g.sampler:
+                chosen = [self._first_token(g.prompt_ids + g.ids, g.sampler)[0]]
+            else:
+                output, draft = self._decode(g.ids[-1], self._draft(g))
+                chosen = self._choose_after(g, output, draft)
+                self._cached += [g.ids[-1], *chosen[:-1]]
+                g.n_drafted += len(draft)
+                g.n_accepted += len(chosen) - 1
+        if g.speculator is not None:
+            for token in chosen:
+                g.speculator.push(token)
+        return chosen
+
+    def _choose_after(self, g: _Generation, output: Output, draft: list[int]) -> list[int]:
+        """A token from each row, in order, up to the first that is not the drafted one or ends the text: whatever is drafted, it
+        comes from the logits after the tokens before it."""
+        logits = None if g.sampler.is_greedy else output.logits()
+        history = [] if g.sampler.is_greedy else g.prompt_ids + g.ids
+        chosen: list[int] = []
+        for row in range(len(draft) + 1):
+            token = int(output.tokens[row]) if logits is None else g.sampler.sample(logits[row], history + chosen)
+            chosen.append(token)
+            if token in g.ends or draft[row : row + 1] != [token]:
+                break
+        return chosen
+
+    def _draft(self, g: _Generation) -> list[int]:
+        """What is likely to come next, as far as it pays to try."""
+        if not self.planner.on:
+            return []
+        if g.speculator is None:
+            g.speculator = Speculator(g.prompt_ids + g.ids)
+        return g.speculator.draft(self.planner.lengths([Bid(g.speculator.chance, g.room)])[0])
+
+    def _decode(self, token: int, draft: list[int]) -> tuple[Output, list[int]]:
+        """Run a token and its draft. Returns what the step gave, and the draft that it took."""
+        position, n_row = len(self._cached), 1 + len(draft)
+        self._pool.extend(self._table, position + n_row)
+        span = Span([token, *draft], position, self._table, n_output=n_row)
+        if draft and self.planner.unchecked(n_row):
+            found = checked_step(self.chain, span)
+            self.planner.checked(n_row, found is not None)
+            return (found, draft) if found else self._decode(token, [])
+        started = time.perf_counter()
+        try:
+            output = self.chain.forward(Rows.of(span))
+        except NonFiniteError:
+            if not draft:
+                raise
+            return self._decode(token, [])  # only a token that was never chosen may be to blame
+        self.planner.costs.observe(n_row, time.perf_counter() - started)
+        return output, draft
 
     @staticmethod
-    def _choose(output: Output, sampler: Sampler, *history: list[int]) -> int:
+    def _choose(output: Output, sampler: Sampler, history: list[int]) -> int:
         if sampler.is_greedy:
             return int(output.tokens[0])
-        return sampler.sample(output.logits()[0], [i for part in history for i in part])
+        return sampler.sample(output.logits()[0], history)
+
+
+def checked_step(chain: ModelChain, span: Span) -> Output | None:
+    """Run a span in one step, then again row by row. Returns what the step gave; None: some logits are not equal to the bit."""
+    try:
+        output = chain.forward(Rows.of(span))
+        logits = np.array(output.logits())
+        for i, token in enumerate(span.token_ids):
+            alone = chain.forward(Rows.of(Span([token], span.start + i, span.table, n_output=1)))
+            if not np.array_equal(alone.logits()[0], logits[i]):
+                return None
+    except NonFiniteError:
+        return None
+    return Output(output.tokens, output.non_finite, lambda: logits)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
