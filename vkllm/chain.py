@@ -305,6 +305,8 @@ class ModelChain:
         progress, cached = self.runtime.progress, self.runtime.weight_cache
         self._buffers |= load_weights(self.device, file, self._lower.matrices, progress=progress, cached=cached)
         vectors = {name: vector(file, name) for name in self.graph.vectors()}
+        for name in file.tensors:  # reading a vector maps the pages round it, too
+            file.release(name)
         for name, values in self._lower.vector_values(vectors).items():
             self._buffers[name] = self._zeroed(name, -(-values.nbytes // 256) * 256)
             self._buffers[name].write(values)

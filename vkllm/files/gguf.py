@@ -260,7 +260,9 @@ class GGUFFile:
             cur = _Cursor(mapped.buf)
             version, n_tensor, n_pair = _header(cur)
             metadata = _metadata(cur, n_pair)
-            return cls(mapped, version, metadata, _tensors(cur, n_tensor, _alignment(metadata)))
+            tensors = _tensors(cur, n_tensor, _alignment(metadata))
+            mapped.release(0, cur.at)
+            return cls(mapped, version, metadata, tensors)
         except BaseException:
             mapped.close()
             raise
