@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from vkllm.config import Activations, CacheType, ModelConfig, RuntimeConfig
+from vkllm.config import Activations, CacheType, ModelConfig, RuntimeConfig, speculate_of
 from vkllm.errors import RequestError
 from vkllm.homeostasis_cli import app as homeostasis
 from vkllm.hub_cli import list_models, pull_model, pulled_model, remove_model
@@ -103,11 +103,20 @@ ActivationsOption = Annotated[
     str, typer.Option(help="auto, f32 or int8: how matrix products see activations.", callback=known_activations)
 ]
 CacheOption = Annotated[str, typer.Option("--cache-type", help="f16, or q8_0: the KV cache in about half the memory.")]
+SpeculateOption = Annotated[
+    str, typer.Option("--speculate", help="Try several tokens a step where words repeat: auto, off or how many.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 def runtime(
-    device: str | None, n_ctx: int | None, activations: str, cache_type: str = "f16", *, progress: bool = True
+    device: str | None,
+    n_ctx: int | None,
+    activations: str,
+    cache_type: str = "f16",
+    *,
+    progress: bool = True,
+    speculate: str = "auto",
 ) -> RuntimeConfig:
     """RuntimeConfig from the options that every command with a model has."""
     return RuntimeConfig(
@@ -115,6 +124,7 @@ def runtime(
         n_ctx=n_ctx,
         activations=cast(Activations, activations),
         cache_type=cast(CacheType, cache_type),
+        speculate=speculate_of(speculate),
         progress=progress and sys.stderr.isatty(),
     )
 
@@ -152,6 +162,7 @@ def run(
     n_ctx: ContextOption = None,
     activations: ActivationsOption = "auto",
     cache_type: CacheOption = "f16",
+    speculate: SpeculateOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text."""
@@ -169,7 +180,8 @@ def run(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    with LLMEngine.init_model(model, runtime(device, n_ctx, activations, cache_type, progress=not as_json)) as engine:
+    options = runtime(device, n_ctx, activations, cache_type, progress=not as_json, speculate=speculate)
+    with LLMEngine.init_model(model, options) as engine:
         if as_json:
             result = engine.generate_result(prompt, params)
             print_json(
@@ -215,6 +227,7 @@ def chat(
     n_ctx: ContextOption = None,
     activations: ActivationsOption = "auto",
     cache_type: CacheOption = "f16",
+    speculate: SpeculateOption = "auto",
 ) -> None:
     """Talk to a model that has a chat template. Ctrl-C ends an answer, Ctrl-D the chat; `/reset` starts over."""
     from vkllm.chat import Conversation
@@ -223,7 +236,8 @@ def chat(
     from vkllm.serve.render import TemplateWorker
 
     params = SamplingParams(temperature=temperature, seed=seed, max_tokens=n)
-    with LLMEngine.init_model(model, runtime(device, n_ctx, activations, cache_type)) as engine, ExitStack() as stack:
+    options = runtime(device, n_ctx, activations, cache_type, speculate=speculate)
+    with LLMEngine.init_model(model, options) as engine, ExitStack() as stack:
         t = engine.tokenizer
         template = stack.enter_context(closing(TemplateWorker(t.chat_template or "", t.bos_token, t.eos_token)))
         conversation = Conversation(t, system, template.render)

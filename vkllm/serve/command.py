@@ -12,7 +12,7 @@ from weakref import ref
 
 import typer
 
-from vkllm.config import CacheType, RuntimeConfig
+from vkllm.config import CacheType, RuntimeConfig, speculate_of
 from vkllm.errors import ConfigError
 from vkllm.homeostasis import HomeostasisConfig, Mode
 from vkllm.hub_cli import pulled_model
@@ -61,6 +61,7 @@ def serve(
         int | None, typer.Option(min=1, help="Positions of the KV cache; default: for all at once, as memory allows.")
     ] = None,
     cache_type: Annotated[str, typer.Option(help="f16, or q8_0: holds nearly twice the tokens, a little less exact.")] = "f16",
+    speculate: Annotated[str, typer.Option(help="Try several tokens a step where words repeat: auto, off or how many.")] = "auto",
     max_connections: Annotated[int, typer.Option(min=1, help="Connections that may be open at once.")] = 4096,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     log_format: Annotated[str, typer.Option(help="text, or json: one object a line.")] = "text",
@@ -77,6 +78,7 @@ def serve(
         n_seq=parallel,
         cache_tokens=cache_tokens,
         cache_type=cast(CacheType, cache_type),
+        speculate=speculate_of(speculate),
     )
     serve_model(
         runtime,
