@@ -48,6 +48,8 @@ from vkllm_shaders.embed import groups as embed_groups
 from vkllm_shaders.experts import RouteSpec, TileSpec, combine_groups, route, tiles
 from vkllm_shaders.experts import combine as combine_experts
 from vkllm_shaders.formats import FORMATS, Layout, row_order
+from vkllm_shaders.gemm import GemmSpec, gemm
+from vkllm_shaders.gemm import fitted as fitted_gemm
 from vkllm_shaders.heads import HeadSpec, heads
 from vkllm_shaders.matmul import OWN_BINDINGS, OWN_PUSH, MatmulSpec, alike, best_tile, matmul, matmul_pair, pair_groups
 from vkllm_shaders.quantize import SCALE_ROWS, quantize
@@ -258,9 +260,19 @@ class Lowering:
         n_grid: int = 0,
     ) -> Dispatch:
         """One matrix product. `n_grid`: rows that the grid is for, where that is not `n_row`."""
-        product = self._product(op, matrix, spec, n_row, buffers, push)
-        groups = spec.groups(product.n_packed, n_grid or n_row)
-        return self._make(op, self._kernels.get(matmul, spec), product.buffers, product.push, groups, product.cost_us)
+        return self._one(op, self._product(op, matrix, spec, n_row, buffers, push), n_grid or n_row)
+
+    def _one(self, op: Linear | Qkv | ExpertLinear, product: Product, n_row: int) -> Dispatch:
+        """A product as a dispatch of its own: a GEMM where there are rows enough and the schedule has one."""
+        tiled = self._gemm(product.spec, n_row)
+        kernel = self._kernels.get(gemm, tiled) if tiled else self._kernels.get(matmul, product.spec)
+        groups = (tiled or product.spec).groups(product.n_packed, n_row)
+        return self._make(op, kernel, product.buffers, product.push, groups, product.cost_us)
+
+    def _gemm(self, spec: MatmulSpec, n_row: int) -> GemmSpec | None:
+        limits = self._limits
+        shapes = limits.coop_shapes if {"coopmat", "memory_model"} <= limits.features else ()
+        return fitted_gemm(spec, n_row, limits.max_shared_bytes, limits.max_workgroup_invocations, shapes)
 
     def _pair(self, op: Qkv, first: Product, second: Product, n_row: int) -> Dispatch:
         """Two products of one x, of two formats, in one dispatch."""
@@ -352,12 +364,11 @@ class Lowering:
         """One dispatch for matrices of up to two types, and one for the heads where the matrix kernels cannot do their work."""
         products = [self._qkv_product(op, matrix, n_row) for matrix in self._by_op[op.name]]
         dispatches = self._quantize(op, n_row)
-        if len(products) == 2 and alike(products[0].spec, products[1].spec):
+        in_tiles = self._gemm(products[0].spec, n_row) is not None
+        if len(products) == 2 and alike(products[0].spec, products[1].spec) and not in_tiles:
             dispatches.append(self._pair(op, products[0], products[1], n_row))
         else:
-            for p in products:
-                kernel, groups = self._kernels.get(matmul, p.spec), p.spec.groups(p.n_packed, n_row)
-                dispatches.append(self._make(op, kernel, p.buffers, p.push, groups, p.cost_us))
+            dispatches += [self._one(op, product, n_row) for product in products]
         return dispatches if self._fused(op) else [*dispatches, self._heads(op, n_row)]
 
     def _qkv_product(self, op: Qkv, matrix: Matrix, n_row: int) -> Product:

@@ -16,6 +16,7 @@ from vkllm_shaders import attention, embed, experts, matmul, rmsnorm, rope, samp
 from vkllm_shaders.attention import AttentionSpec
 from vkllm_shaders.experts import RouteSpec, TileSpec
 from vkllm_shaders.formats import FORMATS, Layout
+from vkllm_shaders.gemm import GemmSpec, gemm
 from vkllm_shaders.heads import HeadSpec, heads
 from vkllm_shaders.matmul import MatmulSpec
 from vkllm_shaders.sample import SampleSpec
@@ -71,7 +72,8 @@ def entries(row_lanes: int = 8, chunk_lanes: int = 32) -> list[Entry]:
         for fmt in FORMATS
     ]
     lanes = (row_lanes, chunk_lanes)
-    return [*matmuls, *embeds, *_attention(*lanes), *_heads(*lanes), *_experts(*lanes), *_plain(), *_sample(*lanes)]
+    gemms = [(spec.name, partial(gemm, spec)) for spec in _gemm_specs(chunk_lanes)]
+    return [*matmuls, *gemms, *embeds, *_attention(*lanes), *_heads(*lanes), *_experts(*lanes), *_plain(), *_sample(*lanes)]
 
 
 def _layouts(row_lanes: int) -> tuple[Layout, Layout]:
@@ -90,6 +92,13 @@ def _matmul_specs(row_lanes: int, chunk_lanes: int) -> Iterator[MatmulSpec]:
         yield spec("MXFP4", norm=True, bias=True, epilogue="swiglu_oai", experts=True)
     yield from (MatmulSpec(fmt, _layouts(row_lanes)[0], activations="int8") for fmt in INT8_FORMATS)
     yield MatmulSpec("Q4_0", _layouts(row_lanes)[0], tile=8, activations="int8")
+
+
+def _gemm_specs(chunk_lanes: int) -> Iterator[GemmSpec]:
+    """Without cooperative matrices, which not every tool and driver knows."""
+    spec = partial(MatmulSpec, layout=_layouts(8)[1], subgroup=chunk_lanes, subgroups=1)
+    for fmt, fused in (("Q8_0", {}), ("Q4_K", {"norm": True, "bias": True, "epilogue": "residual"})):
+        yield GemmSpec(spec(fmt, **fused), 16, 16, 16)  # type: ignore[arg-type]
 
 
 def _attention(row_lanes: int, chunk_lanes: int) -> Iterator[Entry]:

@@ -54,7 +54,7 @@ class Body:
         """The row of y; not below n_token: none."""
         return self.bufs["rows"][self.first_token + t] if self.spec.in_tiles else self.first_token + t
 
-    def _x_row(self, t: int) -> Value:
+    def _x_row(self, t: Value | int) -> Value:
         token = self.b.min(self.token(t), self.push["n_token"] - 1)
         if self.spec.experts:
             return token // self.push["n_share"]

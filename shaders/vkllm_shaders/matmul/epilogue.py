@@ -46,7 +46,7 @@ class Finish:
         for t, token in enumerate(values):
             for r in range(0, self.body.rows, step):
                 packed = (self.body.group * self.body.rows + r) * self.spec.layout.lanes + self.body.lane
-                self._one(token[r : r + step], packed, t, r)
+                self.one(token[r : r + step], packed, t, r)
 
     def _spread(self, values: list[list[Value]]) -> None:
         """All lanes hold all sums: each lane takes one (token, row or pair) and stores it."""
@@ -61,9 +61,9 @@ class Finish:
                     v = b.select(i == j, other, v)
                 picked.append(v)
             r = i % (rows // step) * step
-            self._one(picked, self.body.group * rows + r, i // (rows // step), r)
+            self.one(picked, self.body.group * rows + r, i // (rows // step), r)
 
-    def _one(self, values: list[Value], packed: Value, t: Value | int, r: Value | int) -> None:
+    def one(self, values: list[Value], packed: Value, t: Value | int, r: Value | int) -> None:
         """Finish one row or pair. `packed`: packed row of the first."""
         b, lanes = self.b, self.spec.layout.lanes
         token = self.body.token(t)
