@@ -7,6 +7,7 @@ tables) lies in a small parameter buffer that the host rewrites before each repl
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -252,7 +253,7 @@ class ModelChain:
         else:
             runs = cut(order(dispatches), self.runtime.submit_ms * 1000.0)
         first_uses = {id(d.kernel): d for d in dispatches}
-        with ThreadPoolExecutor(thread_name_prefix="compile") as pool:
+        with ThreadPoolExecutor(os.cpu_count(), "compile") as pool:
             for _ in pool.map(self._pipeline, first_uses.values()):
                 pass
         recordings = tuple(self._record_run(run, params) for run in runs)
