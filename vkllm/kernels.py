@@ -305,7 +305,8 @@ class Lowering:
             buffers |= {"x": "x.int8", "scales": "x.scales"}
             push |= {"x_stride": self.stride(op.x) // 16}
         bytes_a_us, macs_a_us = self._rate
-        nbytes = matrix.nbytes * n_packed // len(matrix.order) * -(-n_row // spec.tile)
+        tiled = self._gemm(spec, n_row)
+        nbytes = matrix.nbytes * n_packed // len(matrix.order) * -(-n_row // (tiled.tokens if tiled else spec.tile))
         cost_us = max(nbytes / bytes_a_us, matrix.n_row * matrix.n_col * n_row / macs_a_us)
         return Product(spec, n_packed, buffers, push, cost_us)
 

@@ -17,7 +17,6 @@ Two kernels of one frame:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -123,12 +122,13 @@ TILES = ((128, 64), (64, 64), (64, 32), (32, 32), (32, 16), (16, 16))
 """Rows and tokens of a workgroup, the best first where all fit."""
 
 
+@cache
 def fitted(
     product: MatmulSpec,
     n_token: int,
     max_shared_bytes: int,
     max_invocations: int,
-    coop_shapes: Sequence[tuple[int, int, int, str, str, str, str]] = (),
+    coop_shapes: tuple[tuple[int, int, int, str, str, str, str], ...] = (),
 ) -> GemmSpec | None:
     """The kernel for a product on a device of these limits, on cooperative matrices where it has them.
 

@@ -87,6 +87,7 @@ def test_tiles(rows: int, tokens: int, path: str) -> None:
         {"epilogue": "residual", "bias": True},
         {"epilogue": "swiglu", "norm": True},
         {"norm": True, "gather": True},
+        {"large": True},
     ],
     ids=str,
 )
@@ -150,15 +151,11 @@ def test_cooperative_is_exact_but_for_the_rounding_to_f16() -> None:
 def test_a_kernel_for_every_device() -> None:
     """The largest tile that fits; none where a tile would be mostly empty, or matmul has kernels that gemm has not."""
     product = MatmulSpec("Q4_K", Layout("lane_chunk", 1, 4), norm=True, subgroup=32)
-    wide = [
-        (16, 8, 16, "f16", "f16", "f16", "f16"),
-        (16, 8, 16, "f16", "f16", "f32", "f32"),
-        (16, 16, 16, "f16", "f16", "f32", "f32"),
-    ]
+    wide = tuple((16, n, 16, "f16", "f16", kind, kind) for kind in ("f16", "f32") for n in (8, 16))
     best = fitted(product, 512, 49152, 1024, wide)
     assert best is not None and (best.rows, best.tokens, best.coop) == (128, 64, (16, 16, 16))
     for shared in (49152, 32768, 16384):
-        for shapes in ([], wide):
+        for shapes in ((), wide):
             for n_token in (16, 33, 512):
                 spec = fitted(product, n_token, shared, 128, shapes)
                 assert spec is not None and spec.shared_nbytes <= shared and (spec.rows, spec.tokens) in TILES
