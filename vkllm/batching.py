@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vkllm.chain import Output, Rows, Span
-from vkllm.engine import GenerationResult, LLMEngine, Timings, Usage
+from vkllm.engine import GenerationResult, LLMEngine, Timings, Usage, checked_step
 from vkllm.errors import (
     CapacityError,
     ContextTooLongError,
@@ -35,6 +35,7 @@ from vkllm.kv_cache import BlockPool
 from vkllm.sampler import Logits, Sampler, SamplingParams, StopMatcher, log_probabilities
 from vkllm.scheduler import Chunk, Scheduler
 from vkllm.scheduler import Sequence as Row
+from vkllm.speculation import Bid, Speculator
 from vkllm.tokenizer import StreamDecoder
 from vkllm.vk import open_device
 from vkllm.weights import vector
@@ -173,6 +174,17 @@ class _Stream:
     decoder: StreamDecoder | None = None  # made with the first token
     first_token_s: float = 0.0
     last_token_s: float = 0.0
+    speculator: Speculator | None = None
+    n_drafted: int = 0
+    n_accepted: int = 0
+
+    def bid(self) -> Bid:
+        """What speculation can do for it. A constraint looks at its tokens one by one: nothing."""
+        if self.constraint is not None or self.row is None:
+            return Bid(0.0, 0)
+        if self.speculator is None:
+            self.speculator = Speculator(self.row.token_ids)
+        return Bid(self.speculator.chance, self.n_max - len(self.ids) - 1)
 
     @property
     def needs_logits(self) -> bool:
@@ -191,6 +203,8 @@ class BatchStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     steps: int = 0
     rows: int = 0
     busy_s: float = 0.0
@@ -332,7 +346,7 @@ class BatchEngine:
                 if stream.handle.progress.queue_s is None:
                     stream.handle.progress.queue_s = started - stream.submitted_s
             try:
-                self._step(chunks)
+                self._step(chunks, self._drafts(chunks, limit))
             except Exception as error:  # the device is lost, or a bug of ours: nobody may wait for ever
                 self._fail(error)
             busy = time.perf_counter() - started
@@ -367,35 +381,71 @@ class BatchEngine:
             self._by_row[stream.row] = stream
             self.stats.prompt_tokens += len(stream.prompt_ids)
 
-    def _step(self, chunks: list[Chunk]) -> None:
+    def _drafts(self, chunks: list[Chunk], limit: int | None) -> list[list[int]]:
+        """What to try beside the last token of each chunk: nothing while a prompt is read."""
+        streams, planner = [self._by_row[c.sequence] for c in chunks], self.engine.planner
+        if not planner.on or not all(s.ids and c.n_token == 1 and c.samples for s, c in zip(streams, chunks, strict=True)):
+            return [[] for _ in chunks]
+        lengths = planner.lengths([s.bid() for s in streams], min(limit or self.scheduler.n_row, self.scheduler.n_row))
+        return [
+            s.speculator.draft(self.scheduler.reserve(c.sequence, n)) if s.speculator else []
+            for s, c, n in zip(streams, chunks, lengths, strict=True)
+        ]
+
+    def _step(self, chunks: list[Chunk], drafts: list[list[int]]) -> None:
         """Run the chunks, and hand out what they give. Where numbers go wrong, only those sequences end that are to blame."""
         try:
-            output = self._forward(chunks)
-        except NonFiniteError as error:
-            if len(chunks) > 1:
-                for chunk in chunks:
-                    self._step([chunk])
-            else:
-                self._end(self._by_row[chunks[0].sequence], BatchEvent(error=error), "error")
+            output = self._forward(chunks, drafts)
+        except (NonFiniteError, OutOfDeviceMemoryError) as error:
+            self._retry(chunks, drafts, error)
             return
-        except OutOfDeviceMemoryError as error:
-            self._shrink(chunks, error)
+        if output is None:
+            self._step(chunks, [[] for _ in chunks])
             return
         self.scheduler.computed(chunks)
         self.stats.steps += 1
-        self.stats.rows += sum(c.n_token for c in chunks)
+        self.stats.rows += sum(c.n_token for c in chunks) + sum(map(len, drafts))
         self._embed(chunks)
-        streams = [self._by_row[c.sequence] for c in chunks if c.samples]
-        logits = output.logits() if any(s.needs_logits for s in streams) else None
-        for i, stream in enumerate(streams):
+        sampling = [(self._by_row[c.sequence], draft) for c, draft in zip(chunks, drafts, strict=True) if c.samples]
+        logits = output.logits() if any(s.needs_logits for s, _ in sampling) else None
+        first = 0
+        for stream, draft in sampling:
+            rows = slice(first, first + 1 + len(draft))
+            first = rows.stop
             try:
                 if stream.embeds:
                     assert stream.hidden_sum is not None
                     self._finish(stream, "stop", "", embedding=(stream.hidden_sum / len(stream.prompt_ids)).astype(np.float32))
                     continue
-                self._advance(stream, int(output.tokens[i]), None if logits is None else logits[i])
+                self._advance_by(stream, draft, output.tokens[rows], None if logits is None else logits[rows])
             except VkllmError as error:  # impossible sampling parameters, a broken grammar
                 self._end(stream, BatchEvent(error=error), "error")
+
+    def _retry(self, chunks: list[Chunk], drafts: list[list[int]], error: NonFiniteError | OutOfDeviceMemoryError) -> None:
+        """A step failed. Without drafts it may run; else smaller ones, or each sequence alone."""
+        if any(drafts):
+            self._step(chunks, [[] for _ in chunks])
+        elif isinstance(error, OutOfDeviceMemoryError):
+            self._shrink(chunks, error)
+        elif len(chunks) > 1:
+            for chunk in chunks:
+                self._step([chunk], [[]])
+        else:
+            self._end(self._by_row[chunks[0].sequence], BatchEvent(error=error), "error")
+
+    def _advance_by(self, stream: _Stream, draft: list[int], greedy: NDArray[np.uint32], logits: Logits | None) -> None:
+        """The tokens that a step's rows of a stream give: one more than drafted ones are right. Only those count as computed."""
+        row = stream.row
+        assert row is not None
+        stream.n_drafted += len(draft)
+        self.stats.drafted_tokens += len(draft)
+        for i, drafted in enumerate([*draft, None]):
+            self._advance(stream, int(greedy[i]), None if logits is None else logits[i])
+            if stream.handle not in self._streams or row.token_ids[-1] != drafted:
+                return
+            stream.n_accepted += 1
+            self.stats.accepted_tokens += 1
+            self.scheduler.computed([Chunk(row, row.n_computed, 1, samples=True)])
 
     def _shrink(self, chunks: list[Chunk], error: OutOfDeviceMemoryError) -> None:
         """There is no memory for a step of this size: smaller ones, until nothing runs. Of one row: its request ends."""
@@ -419,12 +469,23 @@ class BatchEngine:
                 stream.hidden_sum = before + (hidden / scale * self._norm).sum(axis=0)
             first = int(end)
 
-    def _forward(self, chunks: list[Chunk]) -> Output:
-        spans = (
-            Span(c.sequence.token_ids[c.start : c.start + c.n_token], c.start, c.sequence.table, n_output=int(c.samples))
-            for c in chunks
-        )
-        return self.engine.chain.forward(Rows.of(*spans))
+    def _forward(self, chunks: list[Chunk], drafts: list[list[int]]) -> Output | None:
+        """Run the chunks with their drafts. None: with drafts it is not to the bit what it would be without."""
+        spans = []
+        for c, draft in zip(chunks, drafts, strict=True):
+            ids = c.sequence.token_ids[c.start : c.start + c.n_token] + draft
+            spans.append(Span(ids, c.start, c.sequence.table, n_output=(1 + len(draft)) * c.samples))
+        chain, planner = self.engine.chain, self.engine.planner
+        n_row = sum(len(span.token_ids) for span in spans)
+        if any(drafts) and planner.unchecked(n_row):
+            found = checked_step(chain, spans[0])
+            planner.checked(n_row, found is not None)
+            return found
+        started = time.perf_counter()
+        output = chain.forward(Rows.of(*spans))
+        if n_row == len(output.tokens):  # no prompts
+            planner.costs.observe(n_row, time.perf_counter() - started)
+        return output
 
     def _advance(self, stream: _Stream, greedy: int, logits: Logits | None) -> None:
         """One more token of a stream: choose it, turn it into text, see whether that was the end."""
@@ -444,6 +505,8 @@ class BatchEngine:
             return
         more = stream.constraint is None or stream.constraint.accept(token)
         stream.ids.append(token)
+        if stream.speculator is not None:
+            stream.speculator.push(token)
         progress.completion_tokens = len(stream.ids)
         self.stats.completion_tokens += 1
         piece = self.tokenizer.token_bytes(token).decode() if token in stream.shown else stream.decoder.push(token)
@@ -491,7 +554,7 @@ class BatchEngine:
             prompt_tok_s=(n_prompt - n_cached) / prompt_s if prompt_s > 0 else 0.0,
             decode_tok_s=max(len(stream.ids) - 1, 0) / decode_s if decode_s > 0 else 0.0,
         )
-        usage = Usage(n_prompt, len(stream.ids), n_cached)
+        usage = Usage(n_prompt, len(stream.ids), n_cached, stream.n_drafted, stream.n_accepted)
         result = GenerationResult("".join(stream.pieces), tuple(stream.ids), reason, usage, timings)
         self._end(stream, BatchEvent(text, ids, logprobs, result, embedding), reason)
 

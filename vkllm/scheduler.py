@@ -121,6 +121,15 @@ class Scheduler:
             for i in range(chunk.start // size, s.n_computed // size):
                 self.pool.publish(s.table.blocks[i], s.names[i])
 
+    def reserve(self, sequence: Sequence, n_token: int) -> int:
+        """Places for drafted tokens after the row of a planned step. Nobody gives way for them, and everybody who runs finds a
+        block left. Returns for how many of the `n_token` there are some."""
+        table, size = sequence.table, self.pool.block_size
+        n_block = self.pool.n_block_for(sequence.n_computed + 1 + n_token) - len(table.blocks)
+        if n_block > 0 and self.pool.n_free - n_block >= len(self.running):
+            self.pool.extend(table, sequence.n_computed + 1 + n_token)
+        return min(n_token, len(table.blocks) * size - sequence.n_computed - 1)
+
     def append(self, sequence: Sequence, token_id: int) -> None:
         """The next token of a sequence, which must still fit the pool."""
         assert len(sequence.token_ids) < self.n_token_max

@@ -40,7 +40,7 @@ ROW_COST = 0.3  # of a step of one row, for each row more, where nothing has bee
 RATE = 0.1  # of an average of step times
 RETURN = 1 / 200  # how fast a time that is not measured any more goes back to what is expected without measuring
 GAIN = 1.05  # times as many tokens per second, or nothing is drafted
-FIRST_STEPS = 20  # what the first step of a size costs: it is recorded and checked, and kernels may be compiled
+FIRST_STEPS = 8  # what the first step of a size costs: it is recorded and checked, and kernels may be compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,12 +248,12 @@ class DraftPlanner:
         return best
 
     def _may_try(self, n_row: int, rate: float, bids: Sequence[Bid]) -> bool:
-        """Is that size known to be right? If not, one sequence alone may try it, with so many tokens to come that what the first
-        time costs is saved."""
+        """Is that size known to be right? If not, one sequence alone may try it, after all smaller ones, with so many tokens to
+        come that what the first time costs is saved."""
         size = size_of(n_row)
         if size in self._exact:
             return self._exact[size]
-        return len(bids) == 1 and bids[0].room * (1.0 - 1.0 / rate) > FIRST_STEPS
+        return len(bids) == 1 and size // 2 in self._exact and bids[0].room * (1.0 - 1.0 / rate) > FIRST_STEPS
 
 
 def _fixed(bids: Sequence[Bid], length: int, n_row: int) -> list[int]:

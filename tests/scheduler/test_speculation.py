@@ -131,12 +131,12 @@ def test_off_and_a_single_row_draft_nothing() -> None:
 
 def test_an_unchecked_size_is_tried_by_one_sequence_with_much_to_come() -> None:
     planner = DraftPlanner("auto", 64)
-    assert planner.lengths([Bid(0.95, 200)])[0] > 0
+    assert planner.lengths([Bid(0.95, 200)]) == [1]  # the smallest first
     assert planner.lengths([Bid(0.95, 10)]) == [0]
     assert planner.lengths([Bid(0.95, 200)] * 2) == [0, 0]
     planner.checked(2, True)
-    planner.checked(8, False)
-    assert planner.n_row == 4 and not planner.unchecked(2) and planner.unchecked(4)
+    assert not planner.unchecked(2) and planner.unchecked(4)
+    assert planner.lengths([Bid(0.95, 200)]) == [3]
     planner.checked(4, False)
     assert planner.lengths([Bid(0.95, 200)]) == [1]
     assert not DraftPlanner(3, 64).unchecked(4)

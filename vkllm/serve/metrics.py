@@ -62,6 +62,8 @@ class _Collector:
             ("prompt_tokens", "Prompt tokens taken", s.prompt_tokens),
             ("prefix_hit_tokens", "Prompt tokens found in the cache", s.cached_tokens),
             ("completion_tokens", "Tokens generated", s.completion_tokens),
+            ("drafted_tokens", "Tokens that speculation tried", s.drafted_tokens),
+            ("accepted_tokens", "Of those, right ones: steps saved", s.accepted_tokens),
             ("preemptions", "Sequences that gave their blocks back", s.n_preempted),
             ("device_losses", "Times that the device was lost and opened again", s.n_revived),
             ("steps", "Steps of the device", s.steps),
