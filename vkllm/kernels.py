@@ -52,7 +52,7 @@ from vkllm_shaders.gemm import GemmSpec, gemm
 from vkllm_shaders.gemm import fitted as fitted_gemm
 from vkllm_shaders.heads import HeadSpec, heads
 from vkllm_shaders.matmul import OWN_BINDINGS, OWN_PUSH, MatmulSpec, alike, best_tile, matmul, matmul_pair, pair_groups
-from vkllm_shaders.quantize import SCALE_ROWS, quantize
+from vkllm_shaders.quantize import SCALE_ROWS, in_sixteenths, quantize
 from vkllm_shaders.rmsnorm import rmsnorm_add
 from vkllm_shaders.sample import SampleSpec, argmax, top_k
 
@@ -150,7 +150,9 @@ class Lowering:
             sizes["partials"] = self._attention.scratch_nbytes(n, c.n_kv_head, self.n_split)
         if self.activations == "int8":
             widest = max(self.stride(op.x) for op in self.graph.ops if isinstance(op, Linear | Qkv))
-            sizes |= {"x.int8": n * widest, "x.scales": -(-n // SCALE_ROWS) * SCALE_ROWS * widest // 8}
+            nbytes = {"q": n * widest, "scales": -(-n // SCALE_ROWS) * SCALE_ROWS * widest // 8, "norms": n * 4}
+            types = {in_sixteenths(m.fmt) for m in self.matrices if FORMATS[m.fmt].n_sub}
+            sizes |= {name: nbytes[what] for kind in types for what, name in _quantized_names(kind).items()}
         if self._tiles_experts(n_y := n * c.n_expert_used) and c.n_expert:
             n_tile = self._expert_tiles.n_tile(n_y)
             sizes |= {"tile_experts": n_tile * 4, "tile_rows": n_tile * self._expert_tiles.tile * 4}
@@ -302,7 +304,8 @@ class Lowering:
         push |= {"n_chunk": FORMATS[matrix.fmt].n_chunk(matrix.n_col), "n_group": n_group, "n_token": n_row}
         push |= {"n_col": matrix.n_col, "x_stride": self.stride(op.x) // 4, "eps": self.graph.config.rms_norm_eps}
         if spec.quantized:
-            buffers |= {"x": "x.int8", "scales": "x.scales"}
+            names = _quantized_names(in_sixteenths(matrix.fmt))
+            buffers |= {"x": names["q"], "scales": names["scales"], "norms": names["norms"]}
             push |= {"x_stride": self.stride(op.x) // 16}
         bytes_a_us, macs_a_us = self._rate
         tiled = self._gemm(spec, n_row)
@@ -321,7 +324,7 @@ class Lowering:
             tile=self._expert_tiles.tile if experts and self._tiles_experts(n_row) else 1 if experts else tile,
             experts=experts,
             quantized=quantized,
-            norm=op.norm is not None and not quantized,
+            norm=op.norm is not None,
             bias=any(part.bias for part in matrix.parts),
             epilogue=epilogue,  # type: ignore[arg-type]
             activations=self.activations,
@@ -341,14 +344,16 @@ class Lowering:
         return in_blocks and self.layout.kind == "lane_row" and best_tile(n_row) >= SCALE_ROWS and not gathers
 
     def _quantize(self, op: Linear | Qkv, n_row: int) -> list[Dispatch]:
-        """The dispatch that puts an op's x into 8 bits, if one of its matrices wants that."""
-        if not any(self._quantized(op, matrix, n_row) for matrix in self._by_op[op.name]):
-            return []
-        buffers = {"x": op.x, "norm_w": op.norm or "", "q": "x.int8", "scales": "x.scales"}
-        push: dict[str, int | float] = {"x_stride": self.stride(op.x) // 4, "n_texel": self.stride(op.x) // 4}
-        push |= {"n_col": op.parts[0].n_col, "eps": self.graph.config.rms_norm_eps}
-        kernel = self._kernels.get(quantize, op.norm is not None, self.lanes)
-        return [self._make(op, kernel, buffers, push, (n_row, 1, 1), 10.0 + n_row)]
+        """The dispatches that put an op's x into 8 bits: one for each way in which its matrices group the values."""
+        dispatches = []
+        matrices = [matrix for matrix in self._by_op[op.name] if self._quantized(op, matrix, n_row)]
+        for sixteenths in dict.fromkeys(in_sixteenths(matrix.fmt) for matrix in matrices):
+            buffers = {"x": op.x, "norm_w": op.norm or ""} | _quantized_names(sixteenths)
+            push: dict[str, int | float] = {"x_stride": self.stride(op.x) // 4, "n_texel": self.stride(op.x) // 4}
+            push |= {"n_col": op.parts[0].n_col, "eps": self.graph.config.rms_norm_eps}
+            kernel = self._kernels.get(quantize, op.norm is not None, sixteenths, self.lanes)
+            dispatches.append(self._make(op, kernel, buffers, push, (n_row, 1, 1), 10.0 + n_row))
+        return dispatches
 
     def _large(self, matrix: Matrix) -> bool:
         """Must the GPU schedule read this matrix through a texel view, because no storage buffer reaches that far?"""
@@ -500,3 +505,9 @@ def _activations(wanted: str, lane_row: bool, weight_bytes: int) -> Literal["f32
 
 def _bias_name(matrix: Matrix) -> str:
     return f"bias of {matrix.name}"
+
+
+def _quantized_names(sixteenths: bool) -> dict[str, str]:
+    """The buffers of x in 8 bits, by the names that `quantize` has for them."""
+    grouped = " in sixteenths" if sixteenths else ""
+    return {"q": f"x.int8{grouped}", "scales": f"x.scales{grouped}", "norms": f"x.norms{grouped}"}

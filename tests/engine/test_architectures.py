@@ -162,6 +162,16 @@ def test_int8_activations_with_experts(device: Device) -> None:
     assert nmse(logits(device, file, ids, 17, activations="int8"), expected) <= 5e-3
 
 
+@pytest.mark.parametrize("name", ["qwen2", "mixtral", "gemma2"])
+def test_in_int8_a_row_does_not_depend_on_the_rows_beside_it(name: str, device: Device) -> None:
+    """Prompts in chunks, steps of one row, and steps of three give the same bits, so batches give the tokens of single runs."""
+    case = CASES[name]
+    file = MadeUpFile(Case(case.arch, case.keys, case.tensors, "Q8_0"))
+    ids = np.random.default_rng(1).integers(0, N_VOCAB, 21).tolist()
+    chunks, steps = (logits(device, file, ids, n, activations="int8") for n in (21, 0))
+    assert np.array_equal(chunks.view(np.uint32), steps.view(np.uint32))
+
+
 def test_long_factors_are_for_long_contexts(device: Device) -> None:
     case = CASES["phi3"]
     file = MadeUpFile(Case(case.arch, case.keys | {"rope.scaling.original_context_length": 64}, case.tensors))

@@ -11,72 +11,79 @@ import pytest
 from check import check_kernel, lanes, run_on_device
 
 from vkllm_codegen.errors import KernelError
-from vkllm_shaders.matmul import MatmulSpec
-from vkllm_shaders.quantize import SCALE_ROWS, quantize
-from vkllm_shaders.reference import rmsnorm
+from vkllm_shaders.matmul import MatmulSpec, matmul
+from vkllm_shaders.quantize import SCALE_ROWS, in_sixteenths, quantize
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_matmul import Case, spec_of
 
 EPS = 1e-5
+INT8_FORMATS = ("Q4_0", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
 
 
-def model(v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What the kernel computes: (integers i8 [n_row, n_col], scales f64 [n_row, n_col / 32])."""
-    blocks = v.astype(np.float64).reshape(len(v), -1, 32)
+def grouped(v: np.ndarray, sixteenths: bool) -> np.ndarray:
+    """v [n_row, n_col] as [n_row, n_col / 32, 32]: the values that share a scale."""
+    if not sixteenths:
+        return v.reshape(len(v), -1, 32)
+    halves = v.reshape(len(v), -1, 2, 2, 2, 16)  # half of a block, pair of its quarters, quarter, sixteenth, value
+    return halves.transpose(0, 1, 4, 2, 3, 5).reshape(len(v), -1, 32)
+
+
+def model(v: np.ndarray, sixteenths: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """What the kernel computes: (integers i8, grouped like `grouped`, scales f64 [n_row, n_col / 32])."""
+    blocks = grouped(v.astype(np.float64), sixteenths)
     most = np.abs(blocks).max(axis=-1)
     inverse = np.divide(127.0, most, out=np.zeros_like(most), where=most > 0)
-    return np.rint(blocks * inverse[..., None]).astype(np.int8).reshape(v.shape), most / 127.0
+    return np.rint(blocks * inverse[..., None]).astype(np.int8), most / 127.0
 
 
 def buffers(x: np.ndarray, norm: np.ndarray | None) -> dict[str, Any]:
     n_row, n_col = x.shape
     given: dict[str, Any] = {"x": x} | ({"norm_w": norm.astype(np.float32)} if norm is not None else {})
-    q = np.full((n_row, n_col // 4), 0xDEAD, np.uint32)
-    return given | {"q": q, "scales": np.full((-(-n_row // SCALE_ROWS), n_col // 32, SCALE_ROWS), np.nan, np.float32)}
+    given |= {"q": np.full((n_row, n_col // 4), 0xDEAD, np.uint32)}
+    given |= {"scales": np.full((-(-n_row // SCALE_ROWS), n_col // 32, SCALE_ROWS), np.nan, np.float32)}
+    return given | ({"norms": np.full(n_row, np.nan, np.float32)} if norm is not None else {})
 
 
-def push(x: np.ndarray, n_col: int) -> dict[str, Any]:
-    return {"x_stride": x.shape[1] // 4, "n_texel": x.shape[1] // 4, "n_col": n_col, "eps": EPS}
-
-
-def run(x: np.ndarray, n_col: int, norm: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """(q as i8 [n_row, width], scales [n_row, width / 32])."""
-    kernel = quantize(norm is not None, lanes())
-    values = {name: value for name, value in push(x, n_col).items() if norm is not None or name in ("x_stride", "n_texel")}
-    got = run_on_device(kernel, buffers(x, norm), values, {}, (len(x), 1, 1))
+def run(x: np.ndarray, n_col: int, norm: np.ndarray | None, sixteenths: bool = False) -> dict[str, np.ndarray]:
+    """q as i8 [n_row, width], scales [n_row, width / 32], norms; and all three as the matrix kernels read them, under `raw`."""
+    kernel, push = quantize(norm is not None, sixteenths, lanes()), {"x_stride": x.shape[1] // 4, "n_texel": x.shape[1] // 4}
+    push |= {"n_col": n_col, "eps": EPS} if norm is not None else {}  # type: ignore[dict-item]
+    got = run_on_device(kernel, buffers(x, norm), push, {}, (len(x), 1, 1))
     scales = got["scales"].reshape(-1, x.shape[1] // 32, SCALE_ROWS).swapaxes(1, 2).reshape(-1, x.shape[1] // 32)
-    return got["q"].view(np.int8).reshape(x.shape), scales[: len(x)]
+    return got | {"integers": got["q"].view(np.int8).reshape(x.shape), "by_row": scales[: len(x)]}
 
 
-@pytest.mark.parametrize(("n_row", "n_col"), [(1, 64), (3, 100), (4, 896), (7, 320)])
-def test_the_kernel_rounds_as_told(n_row: int, n_col: int) -> None:
+@pytest.mark.parametrize(
+    ("n_row", "n_col", "sixteenths"), [(1, 64, False), (3, 100, False), (4, 896, False), (7, 320, False), (5, 512, True)]
+)
+def test_the_kernel_rounds_as_told(n_row: int, n_col: int, sixteenths: bool) -> None:
     rng, width = np.random.default_rng(n_col), -(-n_col // 64) * 64
     x = np.zeros((n_row, width), np.float32)
     x[:, :n_col] = rng.standard_normal((n_row, n_col)) * rng.uniform(0.01, 100, (n_row, 1))
-    q, scales = run(x, n_col, None)
-    expected, expected_scales = model(x)
-    assert np.allclose(scales, expected_scales, rtol=1e-6)
-    assert np.abs(q.astype(int) - expected).max() <= 1  # a half may fall either way
-    assert np.mean(q != expected) < 1e-3
+    got = run(x, n_col, None, sixteenths)
+    expected, expected_scales = model(x, sixteenths)
+    assert np.allclose(got["by_row"], expected_scales, rtol=1e-6)
+    integers = grouped(got["integers"].astype(int), sixteenths)
+    assert np.abs(integers - expected).max() <= 1  # a half may fall either way
+    assert np.mean(integers != expected) < 1e-3
 
 
-def test_the_norm_comes_first() -> None:
+def test_the_norm_weights_come_first_and_the_norm_is_told() -> None:
     rng, n_col = np.random.default_rng(1), 172
     x, norm = np.zeros((5, 192), np.float32), np.zeros(192)
     x[:, :n_col], norm[:n_col] = rng.standard_normal((5, n_col)), rng.uniform(0.5, 1.5, n_col)
-    q, scales = run(x, n_col, norm)
-    normed = np.zeros(x.shape)
-    normed[:, :n_col] = rmsnorm(x[:, :n_col], norm[:n_col], EPS)
-    error = q * np.repeat(scales, 32, axis=1) - normed
-    assert np.abs(error).max() <= 0.501 * scales.max()
+    got = run(x, n_col, norm)
+    assert np.allclose(got["norms"], 1.0 / np.sqrt(np.mean(x[:, :n_col].astype(np.float64) ** 2, axis=1) + EPS), rtol=1e-6)
+    error = got["integers"] * np.repeat(got["by_row"], 32, axis=1) - x * norm
+    assert np.abs(error).max() <= 0.501 * got["by_row"].max()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nothing_non_finite_is_hidden(bad: float) -> None:
     x = np.ones((2, 64), np.float32)
     x[1, 40] = bad
-    _, scales = run(x, 64, None)
+    scales = run(x, 64, None)["by_row"]
     assert np.isfinite(scales[0]).all()
     assert np.isfinite(scales[1, 0])
     assert not np.isfinite(scales[1, 1])
@@ -85,44 +92,39 @@ def test_nothing_non_finite_is_hidden(bad: float) -> None:
 def test_the_interpreter_agrees() -> None:
     x = np.random.default_rng(2).standard_normal((2, 64)).astype(np.float32)
     _, expected = model(x)
-    scales = np.full((1, 2, SCALE_ROWS), np.nan)
+    scales = np.zeros((1, 2, SCALE_ROWS))
     scales[0, :, :2] = expected.T
     given = buffers(x, None)
     given["scales"][0, :, 2:] = 0.0
-    scales[0, :, 2:] = 0.0
-    check_kernel(
-        quantize(False, lanes()),
-        {"scales": scales},
-        given,
-        {"x_stride": 16, "n_texel": 16},
-        {},
-        (2, 1, 1),
-        max_nmse=1e-10,
-        interpreted=True,
-    )
+    kernel, push = quantize(False, False, lanes()), {"x_stride": 16, "n_texel": 16}
+    check_kernel(kernel, {"scales": scales}, given, push, {}, (2, 1, 1), max_nmse=1e-10, interpreted=True)
 
 
-@pytest.mark.parametrize(
-    "fmt", ["Q4_0", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
-)
-@pytest.mark.parametrize("n_token", [3, 9])
-def test_products_of_quantized_rows(fmt: str, n_token: int) -> None:
-    """Integer sums are exact: all that is left is f32's rounding of what is scaled."""
-    spec = spec_of(fmt, "lane_row", tile=4, activations="int8", quantized=True)
+@pytest.mark.parametrize("fmt", INT8_FORMATS)
+@pytest.mark.parametrize(("n_token", "norm"), [(3, False), (9, True)])
+def test_products_of_quantized_rows_are_those_of_the_loop_to_the_bit(fmt: str, n_token: int, norm: bool) -> None:
+    """A row's result must not depend on how many rows there are: batches and prefill give what single tokens get."""
+    spec = spec_of(fmt, "lane_row", tile=4, activations="int8", quantized=True, norm=norm)
     case = Case(spec, (37,), 512, n_token)
-    q, scales = model(case.buffers["x"])
-    case.y = (q * np.repeat(scales, 32, axis=1))[:n_token] @ case.weights.astype(np.float64).T
-    padded = np.zeros((-(-len(q) // SCALE_ROWS) * SCALE_ROWS, scales.shape[1]), np.float32)
-    padded[: len(q)] = scales
-    case.buffers["x"] = q.view(np.uint32).reshape(-1, 4)
-    case.buffers["scales"] = np.ascontiguousarray(padded.reshape(-1, SCALE_ROWS, scales.shape[1]).swapaxes(1, 2))
-    case.push["x_stride"] = 512 // 16
-    case.check(1e-9)
+    x, norm_w = case.buffers["x"], case.buffers.get("norm_w")
+    got = run(x, 512, norm_w, in_sixteenths(fmt))
+    products = {}
+    for tile, quantized in ((4, True), (1, False)):
+        own = spec_of(fmt, "lane_row", tile=tile, activations="int8", quantized=quantized, norm=norm)
+        given = case.buffers | {"y": np.zeros((n_token, 37), np.float32)}
+        given |= {"x": got["q"].reshape(-1, 4), "scales": got["scales"], "norms": got.get("norms")} if quantized else {"x": x}
+        push = case.push | {"y_stride": 37, "x_stride": 512 // (16 if quantized else 4)}
+        kernel = matmul(own)
+        bound = {b.name: given[b.name] for b in kernel.bindings}
+        numbers = {name: push[name] for name, _, _ in kernel.push}
+        products[quantized] = run_on_device(kernel, bound, numbers, {}, own.groups(len(case.order), n_token))["y"]
+    assert np.array_equal(products[True].view(np.uint32), products[False].view(np.uint32))
+    assert np.isfinite(products[True]).all()
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"tile": 8}, {"tile": 2, "activations": "f32"}, {"norm": True}, {"gather": True}, {"fmt": "F16"}],
+    [{"tile": 8}, {"tile": 2, "activations": "f32"}, {"gather": True}, {"fmt": "F16"}],
     ids=str,
 )
 def test_what_cannot_be_quantized_is_refused(wrong: dict[str, Any]) -> None:

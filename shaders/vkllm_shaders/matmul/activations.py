@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from vkllm_codegen import Value, f32, i32, u32
 from vkllm_shaders.formats import SLOTS
-from vkllm_shaders.matmul.sums import tree_sum
 from vkllm_shaders.quantize import GROUP, SCALE_ROWS
+from vkllm_shaders.sums import tree_sum
 
 if TYPE_CHECKING:
     from vkllm_shaders.matmul.body import Body
@@ -149,8 +149,8 @@ class LaneRowQuantized(X):
             token = b.min(body.first_token + b.min(body.lane // 4 + first, body.tile - 1), body.push["n_token"] - 1)
             word = body.bufs["x"][token * body.push["x_stride"] + (place >> 2)]
             self.words.append([word[i].bitcast(i32) for i in range(4)])
-        n_group = body.push["x_stride"] >> 1
-        self.scales = body.bufs["scales"][body.first_token // SCALE_ROWS * n_group + place // GROUP]
+        group = (self.chunk_start + self.step * SLOTS) // GROUP + body.lane % 4 // 2
+        self.scales = body.bufs["scales"][body.first_token // SCALE_ROWS * (body.push["x_stride"] >> 1) + group]
         self.integers: dict[tuple[int, int, int], Value] = {}
         self.totals: dict[tuple[int, tuple[int, ...], range], Value] = {}
 

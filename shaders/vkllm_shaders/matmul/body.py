@@ -7,7 +7,7 @@ from vkllm_shaders.formats import SLOTS, Format, StepWeights, format_of
 from vkllm_shaders.matmul.activations import LaneChunkX, LaneRowQuantized, LaneRowX, X
 from vkllm_shaders.matmul.epilogue import Finish
 from vkllm_shaders.matmul.spec import NO_SLOT, MatmulSpec
-from vkllm_shaders.matmul.sums import added
+from vkllm_shaders.sums import added
 
 DEQUANTIZE_TOKENS = 3
 
@@ -30,7 +30,7 @@ class Body:
         self.first_token = b.workgroup_id(1) * spec.tile
         self.expert_group = self._find_expert() if spec.experts else None
         self.acc = [[b.var(f32, 0.0) for _ in range(self.rows)] for _ in range(self.tile)]
-        self.squares = [b.var(f32, 0.0) for _ in range(self.tile)] if spec.norm else []
+        self.squares = [b.var(f32, 0.0) for _ in range(self.tile)] if spec.norm and not spec.quantized else []
         # Memory could deliver large weights faster than the loop asks for them: touch the next chunk's cache lines, one a lane.
         # The largest half of a word seen is kept, so that the loads are.
         large = self.fmt.block_bytes >= self.fmt.block
@@ -113,9 +113,8 @@ class Body:
     # arithmetic, the same for both
 
     def _step(self, w: StepWeights, x: X) -> None:
-        if self.spec.norm:
-            for t, var in enumerate(self.squares):
-                var.add(x.squares(t))
+        for t, var in enumerate(self.squares):
+            var.add(x.squares(t))
         if self.fmt.n_sub and self.spec.activations == "int8":
             self._multiply_integers(w, x)
         elif self.fmt.n_sub == 0 or self.tile >= DEQUANTIZE_TOKENS or not self.spec.on_lavapipe:

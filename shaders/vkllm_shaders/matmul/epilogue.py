@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vkllm_codegen import Value, f16, f32
 from vkllm_shaders.matmul.spec import NO_SLOT
-from vkllm_shaders.matmul.sums import at_most, tanh, tree_sum
+from vkllm_shaders.sums import at_most, tanh, tree_sum
 
 if TYPE_CHECKING:
     from vkllm_shaders.matmul.body import Body
@@ -28,12 +28,19 @@ class Finish:
             values[0][0] = b.select(body.ahead.get() == 0xFFFFFFFF, 0.0, values[0][0])
         if self.spec.norm:
             for t, token in enumerate(values):
-                scale = b.rsqrt(self._sum_lanes(body.squares[t].get()) / self.push["n_col"].to(f32) + self.push["eps"])
+                scale = self._norm(t)
                 values[t] = [v * scale for v in token]
         if self.spec.on_lavapipe:
             self._each(values)
         else:
             self._spread(values)
+
+    def _norm(self, t: int) -> Value:
+        """1 / sqrt(mean(x²) + eps) of a token: from its squares, or as quantize.py left it."""
+        if self.spec.quantized:
+            return self.bufs["norms"][self.b.min(self.body.token(t), self.push["n_token"] - 1)]
+        squares = self._sum_lanes(self.body.squares[t].get())
+        return self.b.rsqrt(squares / self.push["n_col"].to(f32) + self.push["eps"])
 
     def _sum_lanes(self, v: Value) -> Value:
         if not self.spec.on_lavapipe:

@@ -63,10 +63,10 @@ class MatmulSpec:
                 f"experts with gather {self.gather}, {self.epilogue}", hint="expected no gather, and an epilogue that stores"
             )
         plain = self.activations == "int8" and self.on_lavapipe and self.tile <= SCALE_ROWS and format_of(self.fmt).n_sub
-        if self.quantized and (not plain or self.norm or self.gather or self.experts):
+        if self.quantized and (not plain or self.gather or self.experts):
             raise KernelError(
-                f"quantized x with {self.fmt}, {self.layout.kind}, tile {self.tile}, {self.activations}, norm {self.norm}",
-                hint=f"expected lane_row, int8, a type of blocks, a tile up to {SCALE_ROWS}, no norm, gather or experts",
+                f"quantized x with {self.fmt}, {self.layout.kind}, tile {self.tile}, {self.activations}",
+                hint=f"expected lane_row, int8, a type of blocks, a tile up to {SCALE_ROWS}, no gather or experts",
             )
         if self.epilogue == "qkv" and (self.head_dim < 4 or self.head_dim % 4):
             raise KernelError(f"qkv with head_dim {self.head_dim}", hint="expected a multiple of 4")
@@ -110,19 +110,21 @@ class MatmulSpec:
 def push_constants(spec: MatmulSpec) -> dict[str, DType]:
     """See `matmul`."""
     names = ["n_chunk", "n_group", "x_stride", "n_token", "n_row", "first_row"]
-    names += ["n_col"] if spec.norm else []
+    in_loop = spec.norm and not spec.quantized
+    names += ["n_col"] if in_loop else []
     names += ["n_share"] if spec.experts else []
     names += ["capacity"] if spec.gather or spec.epilogue == "qkv" else []
     names += ["n_head", "n_kv_head"] if spec.epilogue == "qkv" else ["y_stride"]
-    return dict.fromkeys(names, u32) | ({"eps": f32} if spec.norm else {})
+    return dict.fromkeys(names, u32) | ({"eps": f32} if in_loop else {})
 
 
 def bindings(spec: MatmulSpec) -> dict[str, Binding]:
     bulk = texel if spec.on_lavapipe else read
     found: dict[str, Binding] = {"w": (texel if spec.large else bulk)(u32x4), "x": bulk(f32x4)}
     if spec.quantized:
-        found |= {"x": texel(u32x4), "scales": texel(f32x4)}
-    found |= {"norm_w": bulk(f32x4)} if spec.norm else {}
+        found |= {"x": texel(u32x4), "scales": texel(f32x4)} | ({"norms": read(f32)} if spec.norm else {})
+    elif spec.norm:
+        found |= {"norm_w": bulk(f32x4)}
     found |= {"bias": read(f32)} if spec.bias else {}
     if spec.epilogue == "qkv":
         found |= {"q": write(f32), "k": write(f16), "v": write(f16), "rope": bulk(f32x4), "params": read(u32)}
