@@ -29,7 +29,7 @@ from vkllm_shaders.matmul import MatmulSpec, push_constants
 from vkllm_shaders.matmul.body import Body
 from vkllm_shaders.matmul.epilogue import Finish
 from vkllm_shaders.matmul.spec import bindings
-from vkllm_shaders.matmul.sums import tree_sum
+from vkllm_shaders.sums import tree_sum
 
 MIN_TOKENS = 16
 """Fewer tokens leave most of a tile empty: matmul is for them."""
@@ -371,9 +371,9 @@ class _CoopTile(_Tile):
     def multiply(self) -> None:
         b, first = self.b, self._first_row
         left, right = coop(f16, self.m, self.k, "a"), coop(f16, self.k, self.n, "b")
-        for k in range(0, STEP, self.k):
+        with b.range(0, STEP, step=self.k) as k:  # a loop: unrolled, it takes lavapipe's compiler half a minute
             xs = [
-                b.coop_load(self.x, i * self.n * SPREAD_F16 + k, SPREAD_F16, right, row_major=False)
+                b.coop_load(self.x, k + i * self.n * SPREAD_F16, SPREAD_F16, right, row_major=False)
                 for i in range(self.gemm.tokens // self.n)
             ]
             for i, band in enumerate(self.sums):
