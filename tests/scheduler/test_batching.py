@@ -170,12 +170,16 @@ def test_only_the_sequence_with_bad_numbers_ends(batch: BatchEngine, monkeypatch
 
 
 def test_a_lost_device_is_told_to_everybody(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted = threading.Event()
+
     def lost(rows: Rows) -> Output:
+        submitted.wait(10.0)
         raise DeviceLostError("the device was lost")
 
     with BatchEngine(engine) as batch:
         monkeypatch.setattr(engine.chain, "forward", lost)
         handles = [batch.submit("Hi") for _ in range(3)]
+        submitted.set()
         for handle in handles:
             with pytest.raises((DeviceLostError, CapacityError)):
                 handle.result()
