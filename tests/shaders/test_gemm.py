@@ -24,7 +24,7 @@ F16_NMSE = 5e-7  # two roundings to 11 bits: about 8e-8 in the mean, more where 
 
 def spec_of(fmt: str, path: str, rows: int = 16, tokens: int = 16, **fields: Any) -> GemmSpec:
     """A small tile, for whatever subgroups the device has. Skips where it has no cooperative matrices."""
-    product = MatmulSpec(fmt, Layout("lane_chunk", 1, 4), subgroup=lanes(), subgroups=1, **fields)
+    product = MatmulSpec(fmt, Layout("lane_chunk", 1, fields.pop("layout_rows", 4)), subgroup=lanes(), subgroups=1, **fields)
     if path == "plain":
         return GemmSpec(product, rows, tokens, 16)
     shapes = [s[:3] for s in device().limits.coop_shapes if s[3:] == ("f16", "f16", "f32", "f32")]
@@ -77,6 +77,12 @@ def test_shapes(n_row: int, n_col: int, n_token: int, path: str) -> None:
 @pytest.mark.parametrize(("rows", "tokens"), [(32, 16), (32, 32), (64, 32)])
 def test_tiles(rows: int, tokens: int, path: str) -> None:
     GemmCase(spec_of("Q4_0", path, rows, tokens, norm=True), (rows + 3,), 128, tokens + 1).check(interpreted=False)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("fmt", "rows"), [("Q5_0", 2), ("Q6_K", 8)])
+def test_layouts(fmt: str, rows: int, path: str) -> None:
+    GemmCase(spec_of(fmt, path, layout_rows=rows), (18,), 512, 17).check(interpreted=False)
 
 
 @pytest.mark.parametrize("path", PATHS)
