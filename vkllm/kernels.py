@@ -38,6 +38,7 @@ from vkllm.plan import (
     parts_of,
 )
 from vkllm.schedule import Dispatch
+from vkllm.tuned import product_shapes, tuned
 from vkllm.vk import DeviceInfo
 from vkllm.vk.types import Format as TexelFormat
 from vkllm_codegen import Binding as KernelBinding
@@ -90,16 +91,18 @@ class Lowering:
         self.graph, self.runtime, self.n_ctx = graph, runtime, n_ctx
         self.capacity = max(runtime.prefill_chunk, runtime.n_seq)
         self.lanes = limits.subgroup_size
-        self.layout = Layout("lane_row", lanes=self.lanes) if lane_row else Layout("lane_chunk", lanes=1)
+        self._types = {part.weight: device_type(file.tensors[part.weight].type) for part in graph.parts()}
+        self._choices = tuned(device, product_shapes(graph, self._types), lane_row)
+        rows = self._choices.rows
+        self.layout = Layout("lane_row", self.lanes, rows) if lane_row else Layout("lane_chunk", 1, rows)
         self._limits, self._rate = limits, RATES.get(device.kind, DISCRETE_RATE)
         self._kernels = KernelCache()
 
         self.fuses_heads = (
             runtime.cache_type == "f16" and c.rope_dim == c.head_dim
         )  # else in a dispatch of their own, as q/k norms
-        self._types = {part.weight: device_type(file.tensors[part.weight].type) for part in graph.parts()}
         n_byte = sum(device_nbytes(file.tensors[name]) for name in self._types)
-        self.activations = _activations(runtime.activations, lane_row, n_byte)
+        self.activations = _activations(runtime.activations, self._choices.activations, n_byte)
         self._by_op = {op.name: tuple(self._matrices_of(op)) for op in graph.ops if isinstance(op, MatrixOp)}
         self.matrices: tuple[Matrix, ...] = tuple({m.name: m for ms in self._by_op.values() for m in ms}.values())
 
@@ -112,6 +115,8 @@ class Lowering:
             cache=runtime.cache_type,
             scale=c.attention_scale,
             softcap=c.attn_softcap,
+            tile=self._choices.attention_tile,
+            split=max(self._choices.split, runtime.block_size),
         )
         self._attention = spec if lane_row else spec.fitted(limits.max_shared_bytes, limits.max_workgroup_invocations)
         self.n_split = 1 if lane_row else spec.n_split(n_ctx)
@@ -317,7 +322,7 @@ class Lowering:
         self, op: Linear | Qkv | ExpertLinear, matrix: Matrix, epilogue: str, n_row: int, gather: bool = False
     ) -> MatmulSpec:
         experts, quantized = isinstance(op, ExpertLinear), self._quantized(op, matrix, n_row)
-        tile = best_tile(n_row)
+        tile = self._tile(n_row)
         return MatmulSpec(
             fmt=matrix.fmt,
             layout=self.layout,
@@ -337,11 +342,15 @@ class Lowering:
             subgroup=self.lanes,
         )
 
+    def _tile(self, n_row: int) -> int:
+        """Tokens a workgroup of a matrix product."""
+        return best_tile(n_row) if n_row <= 2 else self._choices.tile
+
     def _quantized(self, op: Linear | Qkv | ExpertLinear, matrix: Matrix, n_row: int) -> bool:
         """Does `op` read x in 8 bits from a dispatch of its own? Where many workgroups would quantize many rows again."""
         gathers = isinstance(op, ExpertLinear) or (isinstance(op, Linear) and op.gather)
         in_blocks = self.activations == "int8" and FORMATS[matrix.fmt].n_sub > 0
-        return in_blocks and self.layout.kind == "lane_row" and best_tile(n_row) >= SCALE_ROWS and not gathers
+        return in_blocks and self.layout.kind == "lane_row" and self._tile(n_row) == SCALE_ROWS and not gathers
 
     def _quantize(self, op: Linear | Qkv, n_row: int) -> list[Dispatch]:
         """The dispatches that put an op's x into 8 bits: one for each way in which its matrices group the values."""
@@ -493,13 +502,13 @@ class Lowering:
         return [find, merge]
 
 
-def _activations(wanted: str, lane_row: bool, weight_bytes: int) -> Literal["f32", "int8"]:
+def _activations(wanted: str, faster: Literal["f32", "int8"], weight_bytes: int) -> Literal["f32", "int8"]:
     """What "auto" means: int8 where it was measured to be faster, which is lavapipe, and where time goes into weights at all.
 
     Below SMALL_MODEL_BYTES a step is made of dispatches, so int8 would cost exactness and gain nothing.
     """
     if wanted == "auto":
-        return "int8" if lane_row and weight_bytes >= SMALL_MODEL_BYTES else "f32"
+        return faster if weight_bytes >= SMALL_MODEL_BYTES else "f32"
     return "int8" if wanted == "int8" else "f32"
 
 
