@@ -118,6 +118,7 @@ class GemmSpec:
         return -(-n_packed_row // self.rows), -(-n_token // self.tokens), 1
 
 
+MOST_SUMS = 64  # of an invocation: more leave too few registers
 TILES = ((128, 64), (64, 64), (64, 32), (32, 32), (32, 16), (16, 16))
 """Rows and tokens of a workgroup, the best first where all fit."""
 
@@ -148,7 +149,8 @@ def fitted(
                     spec = GemmSpec(product, rows, tokens, invocations, shape)
                 except KernelError:
                     continue
-                if spec.shared_nbytes <= max_shared_bytes and invocations <= max_invocations:
+                crowded = rows * tokens > MOST_SUMS * invocations
+                if not crowded and spec.shared_nbytes <= max_shared_bytes and invocations <= max_invocations:
                     return spec
     return None
 
