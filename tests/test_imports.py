@@ -20,7 +20,22 @@ STAGES = (
     *("plan", "models", "expand", "weights", "rope", "packed_cache", "packing"),  # the plan, and what it becomes
     *("kernel_cache", "tuned", "schedule", "kernels", "memory"),
     *("kv_cache", "scheduler", "speculation", "sampler", "homeostasis", "sensors", "simulate"),  # policies
-    *("chain", "reference", "engine", "batching", "diff", "benchmark", "profile", "profile_cli", "tune", "tune_cli", "doctor", "soak", "soak_cli", "serve"),
+    *(
+        "chain",
+        "reference",
+        "engine",
+        "batching",
+        "diff",
+        "benchmark",
+        "profile",
+        "profile_cli",
+        "tune",
+        "tune_cli",
+        "doctor",
+        "soak",
+        "soak_cli",
+        "serve",
+    ),
     *("perplexity", "evaluate", "evaluate_plot", "perplexity_cli"),
     *("homeostasis_cli", "import_cli", "cli", "__main__"),
 )

@@ -154,7 +154,7 @@ class Lowering:
         if self.n_split > 1:
             sizes["partials"] = self._attention.scratch_nbytes(n, c.n_kv_head, self.n_split)
         if self.activations == "int8":
-            widest = max(self.stride(op.x) for op in self.graph.ops if isinstance(op, Linear | Qkv))
+            widest = max(_whole_steps(op.parts[0].n_col) for op in self.graph.ops if isinstance(op, Linear | Qkv))
             nbytes = {"q": n * widest, "scales": -(-n // SCALE_ROWS) * SCALE_ROWS * widest // 8, "norms": n * 4}
             types = {in_sixteenths(m.fmt) for m in self.matrices if FORMATS[m.fmt].n_sub}
             sizes |= {name: nbytes[what] for kind in types for what, name in _quantized_names(kind).items()}
@@ -311,7 +311,7 @@ class Lowering:
         if spec.quantized:
             names = _quantized_names(in_sixteenths(matrix.fmt))
             buffers |= {"x": names["q"], "scales": names["scales"], "norms": names["norms"]}
-            push |= {"x_stride": self.stride(op.x) // 16}
+            push |= {"x_stride": _whole_steps(matrix.n_col) // 16}
         bytes_a_us, macs_a_us = self._rate
         tiled = self._gemm(spec, n_row)
         nbytes = matrix.nbytes * n_packed // len(matrix.order) * -(-n_row // (tiled.tokens if tiled else spec.tile))
@@ -358,8 +358,9 @@ class Lowering:
         matrices = [matrix for matrix in self._by_op[op.name] if self._quantized(op, matrix, n_row)]
         for sixteenths in dict.fromkeys(in_sixteenths(matrix.fmt) for matrix in matrices):
             buffers = {"x": op.x, "norm_w": op.norm or ""} | _quantized_names(sixteenths)
-            push: dict[str, int | float] = {"x_stride": self.stride(op.x) // 4, "n_texel": self.stride(op.x) // 4}
-            push |= {"n_col": op.parts[0].n_col, "eps": self.graph.config.rms_norm_eps}
+            n_col = op.parts[0].n_col
+            push: dict[str, int | float] = {"x_stride": self.stride(op.x) // 4, "n_texel": _whole_steps(n_col) // 4}
+            push |= {"n_col": n_col, "eps": self.graph.config.rms_norm_eps}
             kernel = self._kernels.get(quantize, op.norm is not None, sixteenths, self.lanes)
             dispatches.append(self._make(op, kernel, buffers, push, (n_row, 1, 1), 10.0 + n_row))
         return dispatches
@@ -514,6 +515,11 @@ def _activations(wanted: str, faster: Literal["f32", "int8"], weight_bytes: int)
 
 def _bias_name(matrix: Matrix) -> str:
     return f"bias of {matrix.name}"
+
+
+def _whole_steps(n_col: int) -> int:
+    """Columns in whole steps of the matrix kernels."""
+    return -(-n_col // ROW_ALIGN) * ROW_ALIGN
 
 
 def _quantized_names(sixteenths: bool) -> dict[str, str]:

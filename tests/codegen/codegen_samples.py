@@ -51,8 +51,11 @@ class Sample:
 
 
 @kernel(
-    x=read(f16, "n_row", "n_embd"), w=read(f32, "n_embd"), y=write(f16, "n_row", "n_embd"),
-    push={"n_embd": u32, "eps": f32}, spec={"WG": 64},
+    x=read(f16, "n_row", "n_embd"),
+    w=read(f32, "n_embd"),
+    y=write(f16, "n_row", "n_embd"),
+    push={"n_embd": u32, "eps": f32},
+    spec={"WG": 64},
 )
 def rmsnorm(b: Block, x: Buffer, w: Buffer, y: Buffer, *, n_embd: Value, eps: Value, WG: Value) -> None:
     """y[r] = x[r] * rsqrt(mean(x[r]**2) + eps) * w. One workgroup per row r."""
@@ -109,9 +112,7 @@ def control(b: Block, x: Buffer, counts: Buffer, y: Buffer, *, n: Value, limit: 
         y[i] = total.get() * 8 + steps.get().to(i32)
 
 
-@kernel(
-    h=readwrite(f16), q=read(i8x4), u=read(u8), s=read(i16), y=write(f32), z=write(u32), packed=write(i8), local_size=8
-)
+@kernel(h=readwrite(f16), q=read(i8x4), u=read(u8), s=read(i16), y=write(f32), z=write(u32), packed=write(i8), local_size=8)
 def narrow(b: Block, h: Buffer, q: Buffer, u: Buffer, s: Buffer, y: Buffer, z: Buffer, packed: Buffer) -> None:
     """8- and 16-bit types, bitcasts between them, packed products, half floats."""
     i = b.global_id(0)
@@ -128,14 +129,25 @@ def narrow(b: Block, h: Buffer, q: Buffer, u: Buffer, s: Buffer, y: Buffer, z: B
     bytes_ = bits.bitcast(u8x4)
     wide = b.vec(bits, back).bitcast(f16x4)
     z[i] = (
-        b.dot_i8(bits, bits).bitcast(u32) + b.dot_u8i8(bits, bits).bitcast(u32) * 3 + signed + shorts.x.to(u32) * 5 + back
-        + bytes_.w.to(u32) + wide.z.to(f32).bitcast(u32) + b.vec(bits, signed).bitcast(u32x2).y
+        b.dot_i8(bits, bits).bitcast(u32)
+        + b.dot_u8i8(bits, bits).bitcast(u32) * 3
+        + signed
+        + shorts.x.to(u32) * 5
+        + back
+        + bytes_.w.to(u32)
+        + wide.z.to(f32).bitcast(u32)
+        + b.vec(bits, signed).bitcast(u32x2).y
     )
     packed[i] = (quad.x * 3).to(i8)
 
 
 @kernel(
-    x=texel(f32x4, uniform=True), ids=texel(u32), h=texel(f16x4), y=write(f32x4), flags=write(u32), push={"scale": f32},
+    x=texel(f32x4, uniform=True),
+    ids=texel(u32),
+    h=texel(f16x4),
+    y=write(f32x4),
+    flags=write(u32),
+    push={"scale": f32},
     local_size=8,
 )
 def vectors(b: Block, x: Buffer, ids: Buffer, h: Buffer, y: Buffer, flags: Buffer, *, scale: Value) -> None:
@@ -229,17 +241,24 @@ SAMPLES: dict[str, Sample] = {
     "narrow": Sample(
         narrow,
         {
-            "h": _floats(16).astype(np.float16), "q": RNG.integers(-128, 128, (16, 4)).astype(np.int8),
-            "u": RNG.integers(0, 256, 16).astype(np.uint8), "s": RNG.integers(-999, 999, 16).astype(np.int16),
-            "y": np.zeros(16, np.float32), "z": np.zeros(16, np.uint32), "packed": np.zeros(16, np.int8),
+            "h": _floats(16).astype(np.float16),
+            "q": RNG.integers(-128, 128, (16, 4)).astype(np.int8),
+            "u": RNG.integers(0, 256, 16).astype(np.uint8),
+            "s": RNG.integers(-999, 999, 16).astype(np.int16),
+            "y": np.zeros(16, np.float32),
+            "z": np.zeros(16, np.uint32),
+            "packed": np.zeros(16, np.int8),
         },
         groups=(2, 1, 1),
     ),
     "vectors": Sample(
         vectors,
         {
-            "x": _floats(16, 4), "ids": RNG.permutation(16).astype(np.uint32), "h": _floats(16, 4).astype(np.float16),
-            "y": np.zeros((16, 4), np.float32), "flags": np.zeros(16, np.uint32),
+            "x": _floats(16, 4),
+            "ids": RNG.permutation(16).astype(np.uint32),
+            "h": _floats(16, 4).astype(np.float16),
+            "y": np.zeros((16, 4), np.float32),
+            "flags": np.zeros(16, np.uint32),
         },
         {"scale": 1.25},
         (2, 1, 1),

@@ -50,7 +50,11 @@ def compile_glsl(source: str) -> bytes:
 
 
 def run_on_device(
-    device: Any, kernel: Kernel, buffers: Mapping[str, np.ndarray], push: Mapping[str, Any], groups: tuple[int, int, int],
+    device: Any,
+    kernel: Kernel,
+    buffers: Mapping[str, np.ndarray],
+    push: Mapping[str, Any],
+    groups: tuple[int, int, int],
     spirv: bytes | None = None,
 ) -> dict[str, np.ndarray]:
     """Run on a Vulkan device; returns the buffers afterwards."""

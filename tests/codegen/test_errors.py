@@ -296,7 +296,7 @@ def test_pack_push() -> None:
     def k(b: Block, y: Buffer, w: Buffer, *, a: Value, e: Value, s: Value) -> None:
         y[0] = a + w[0]
 
-    assert k.pack_push(a=1, e=1.0, s=-1) == bytes.fromhex("01000000" "0000803f" "ffffffff")
+    assert k.pack_push(a=1, e=1.0, s=-1) == bytes.fromhex("010000000000803fffffffff")
     assert (k.push_bytes, k.local_size, [b.kind for b in k.bindings]) == (12, (1, 1, 1), ["storage", "texel"])
     with pytest.raises(KernelError, match="push constants of k"):
         k.pack_push(a=1)
