@@ -61,7 +61,7 @@ def test_intel_has_its_sustained_limit_elsewhere(tmp_path: Path) -> None:
 def test_no_limit(tmp_path: Path) -> None:
     cpu = sensor(tmp_path, {"name": "coretemp", "temp1_label": "Package id 0", "temp1_input": 50000})
     for found in (cpu, None):
-        with pytest.raises(DeviceError, match="can(not)? be set") as error, power_limited(found, 100.0):
+        with pytest.raises(DeviceError, match=r"can(not)? be set") as error, power_limited(found, 100.0):
             pass
         assert "leave --power-limit out" in error.value.hint
     with power_limited(None, None):
