@@ -69,6 +69,20 @@ def test_formats(tmp_path: Path, model: str, activations: Activations, schedule:
 
 
 @pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(
+    "types", [{"attn_v": "Q6_K", "": "Q4_K"}, {"attn_v": "Q8_0", "": "Q5_0"}, {"attn_k": "Q6_K", "": "Q5_K"}]
+)
+def test_in_int8_prompts_and_steps_give_the_same_bits(tmp_path: Path, types: dict[str, str]) -> None:
+    """Q, K and V of two types in one dispatch, or in two where they group x otherwise."""
+    shape = Shape("qwen2", n_layer=2, n_head=2, n_kv_head=1, head_dim=128, n_ff=256, bias=True, types=types)
+    path = write_model(tmp_path / "model.gguf", shape)
+    check(path, replace(USUAL, activations="int8"))
+    with LLMEngine.init_model(path, replace(USUAL, activations="int8")) as engine:
+        ids = [int(i) for i in np.random.default_rng(2).integers(0, engine.config.n_vocab, N_TOKEN)]
+        assert np.array_equal(np.array(engine.logits(ids)), np.array(engine.logits(ids, step=True)))
+
+
+@pytest.mark.usefixtures("device")
 def test_types_without_kernels_are_expanded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The reference has the file's weights, the device their expansion in 8 bits."""
     path = write_model(tmp_path / "model.gguf", Shape("llama", n_head=2, n_kv_head=1, head_dim=128, n_ff=256, types=EXPANDED))

@@ -12,7 +12,7 @@ import pytest
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.experts import TileSpec
 from vkllm_shaders.formats import FORMATS, Layout, pack, pack_vector, packed_nbytes, row_order
-from vkllm_shaders.matmul import ALIGN_COLUMNS, OWN_BINDINGS, OWN_PUSH, MatmulSpec, matmul, matmul_pair, pair_groups
+from vkllm_shaders.matmul import ALIGN_COLUMNS, OWN_BINDINGS, OWN_PUSH, MatmulSpec, alike, matmul, matmul_pair, pair_groups
 from vkllm_shaders.reference import NO_ID, tiles
 from vkllm_shaders.reference_matmul import dequantize, experts, linear, rmsnorm, rotate, swiglu, swiglu_oai
 
@@ -207,6 +207,10 @@ def test_two_formats_in_one_dispatch(biases: tuple[bool, bool], tile: int, n_tok
 
 
 def test_a_pair_must_be_alike() -> None:
+    eights = {"tile": 4, "activations": "int8", "quantized": True}
+    assert alike(spec_of("Q4_K", "lane_row", **eights), spec_of("Q5_0", "lane_row", **eights))
+    assert not alike(spec_of("Q4_K", "lane_row", **eights), spec_of("Q6_K", "lane_row", **eights))  # their x is grouped otherwise
+    assert alike(spec_of("Q4_K", "lane_row"), spec_of("Q6_K", "lane_row"))
     spec = spec_of("Q5_0", "lane_row", norm=True)
     with pytest.raises(KernelError, match="a pair of"):
         matmul_pair(spec, spec_of("Q8_0", "lane_row"))

@@ -9,6 +9,7 @@ from vkllm_codegen import Block, Buffer, Kernel, Value, trace, u32
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.matmul.body import Body
 from vkllm_shaders.matmul.spec import MatmulSpec, bindings, push_constants
+from vkllm_shaders.quantize import in_sixteenths
 
 
 @cache
@@ -48,8 +49,9 @@ OWN_BINDINGS, OWN_PUSH = ("w", "bias"), ("n_chunk", "n_group", "n_row", "first_r
 
 
 def alike(first: MatmulSpec, second: MatmulSpec) -> bool:
-    """Can these be a pair? Only the format may differ, and whether there is a bias."""
-    return replace(second, fmt=first.fmt, bias=first.bias) == first
+    """Can these be a pair? Only the format may differ, and whether there is a bias; x in 8 bits must be grouped alike."""
+    same_x = not first.quantized or in_sixteenths(first.fmt) == in_sixteenths(second.fmt)
+    return same_x and replace(second, fmt=first.fmt, bias=first.bias) == first
 
 
 @cache
