@@ -60,14 +60,12 @@ def quantize(norm: bool, sixteenths: bool = False, lanes: int = 8) -> Kernel:
                 squares.add(tree_sum([v[i] * v[i] for v in raw for i in range(4)]))
             for i, (v, at) in enumerate(zip(raw, places, strict=True)):
                 v = v * bufs["norm_w"][at] if norm else v
-                most = _largest(b, v, lane, lanes)
-                inverse = b.select(most > 0.0, 127.0 / most, 0.0)
-                u = [(b.round(v[c] * inverse).to(i32) & 0xFF).bitcast(u32) for c in range(4)]
-                bufs["q"][row * n_texel + at] = (u[0] | (u[1] << 8)) | ((u[2] << 16) | (u[3] << 24))
+                most = _largest_of_group(b, v, lane, lanes)
+                bufs["q"][row * n_texel + at] = as_bytes(rounded(b, v, inverse_scale(b, most)))
                 with b.when(lane % GROUP == 0):
                     group = step * (SLOTS // GROUP) + (i * lanes + lane) // GROUP
                     place = (row // SCALE_ROWS) * (n_texel // GROUP) + group
-                    bufs["scales"][place * SCALE_ROWS + row % SCALE_ROWS] = most * (1.0 / 127.0)
+                    bufs["scales"][place * SCALE_ROWS + row % SCALE_ROWS] = most * SCALE
         if norm:
             total = tree_sum([b.subgroup_shuffle(squares.get(), source) for source in range(lanes)])
             with b.when(lane == 0):
@@ -77,13 +75,45 @@ def quantize(norm: bool, sixteenths: bool = False, lanes: int = 8) -> Kernel:
     return trace(name, bindings, push, {}, lanes, body)
 
 
-def _largest(b: Block, v: Value, lane: Value, lanes: int) -> Value:
+def _largest_of_group(b: Block, v: Value, lane: Value, lanes: int) -> Value:
     """f32: the largest |component| over this lane's group."""
-    bits = [v[c].bitcast(u32) & 0x7FFFFFFF for c in range(4)]
-    mine, most = b.max(b.max(bits[0], bits[1]), b.max(bits[2], bits[3])), b.const(f32, 0.0)
+    mine, most = largest_bits(b, v), b.const(f32, 0.0)
     for first in range(0, lanes, GROUP):
-        found = [b.subgroup_shuffle(mine, source) for source in range(first, first + GROUP)]
-        while len(found) > 1:
-            found = [b.max(p, q) for p, q in zip(found[::2], found[1::2], strict=True)]
-        most = found[0].bitcast(f32) if first == 0 else b.select(lane < first, most, found[0].bitcast(f32))
+        found = largest_over_lanes(b, mine, first)
+        most = found if first == 0 else b.select(lane < first, most, found)
     return most
+
+
+# The arithmetic of 8 bits, for this kernel and for matmul's own loop: both must round alike.
+
+SCALE = 1.0 / 127.0
+
+
+def largest_bits(b: Block, v: Value) -> Value:
+    """u32 bits of the largest |component|."""
+    bits = [v[c].bitcast(u32) & 0x7FFFFFFF for c in range(4)]
+    return b.max(b.max(bits[0], bits[1]), b.max(bits[2], bits[3]))
+
+
+def largest_over_lanes(b: Block, bits: Value, first: int) -> Value:
+    """f32: the largest of the GROUP lanes from `first` on."""
+    found = [b.subgroup_shuffle(bits, lane) for lane in range(first, first + GROUP)]
+    while len(found) > 1:
+        found = [b.max(p, q) for p, q in zip(found[::2], found[1::2], strict=True)]
+    return found[0].bitcast(f32)
+
+
+def inverse_scale(b: Block, largest: Value) -> Value:
+    """What makes integers of up to ±127; 0 where all are 0."""
+    return b.select(largest > 0.0, 127.0 / largest, 0.0)
+
+
+def rounded(b: Block, v: Value, inverse: Value) -> list[Value]:
+    """i32: the four components in units of the scale."""
+    return [b.round(v[c] * inverse).to(i32) for c in range(4)]
+
+
+def as_bytes(q: list[Value]) -> Value:
+    """u32: four integers as signed bytes."""
+    u = [(v & 0xFF).bitcast(u32) for v in q]
+    return (u[0] | (u[1] << 8)) | ((u[2] << 16) | (u[3] << 24))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vkllm_codegen import Value, f32, i32, u32
+from vkllm_codegen import Value, f32, i32
 from vkllm_shaders.formats import SLOTS
-from vkllm_shaders.quantize import GROUP, SCALE_ROWS
+from vkllm_shaders.quantize import GROUP, SCALE, SCALE_ROWS, as_bytes, inverse_scale, largest_bits, largest_over_lanes, rounded
 from vkllm_shaders.sums import tree_sum
 
 if TYPE_CHECKING:
@@ -53,22 +53,6 @@ class X:
         """i32: the sum of some components over slots of one group."""
         raise NotImplementedError
 
-    def _largest(self, v: Value) -> Value:
-        """u32 bits of the largest |component|."""
-        bits = [v[i].bitcast(u32) & 0x7FFFFFFF for i in range(4)]
-        return self.b.max(self.b.max(bits[0], bits[1]), self.b.max(bits[2], bits[3]))
-
-    def _inverse(self, largest: Value) -> Value:
-        return self.b.select(largest > 0.0, 127.0 / largest, 0.0)
-
-    def _round(self, v: Value, inverse: Value) -> list[Value]:
-        return [self.b.round(v[i] * inverse).to(i32) for i in range(4)]
-
-    @staticmethod
-    def _bytes(q: list[Value]) -> Value:
-        u = [(v & 0xFF).bitcast(u32) for v in q]
-        return (u[0] | (u[1] << 8)) | ((u[2] << 16) | (u[3] << 24))
-
     def _index(self, slot: Value | int) -> Value:
         return self.chunk_start + self.body.fmt.texel(self.step, slot)
 
@@ -95,17 +79,14 @@ class LaneRowX(X):
 
     def _quantize(self, t: int, load: int, v: Value) -> list[Value]:
         b, s = self.b, self.body.spec.lanes
-        mine, largest = None, self._largest(v)
+        mine, largest = None, largest_bits(b, v)
         for first in range(0, s, GROUP):
-            lanes = [b.subgroup_shuffle(largest, lane) for lane in range(first, first + GROUP)]
-            while len(lanes) > 1:
-                lanes = [b.max(p, q) for p, q in zip(lanes[::2], lanes[1::2], strict=True)]
-            most = lanes[0].bitcast(f32)
-            self.scales[t, load * (s // GROUP) + first // GROUP] = most * (1.0 / 127.0)
-            inverse = self._inverse(most)
+            most = largest_over_lanes(b, largest, first)
+            self.scales[t, load * (s // GROUP) + first // GROUP] = most * SCALE
+            inverse = inverse_scale(b, most)
             mine = inverse if mine is None else b.select(self.body.lane < first, mine, inverse)
         assert mine is not None
-        return self._round(v, mine)
+        return rounded(b, v, mine)
 
     def scale(self, t: int, slot: int) -> Value:
         return self.scales[t, slot // GROUP]
@@ -217,11 +198,11 @@ class LaneChunkX(X):
         group = slot // GROUP
         if (t, group) not in self.groups:
             values = [self._slot(t, i) for i in range(group * GROUP, (group + 1) * GROUP)]
-            most = self._largest(values[0])
+            most = largest_bits(self.b, values[0])
             for v in values[1:]:
-                most = self.b.max(most, self._largest(v))
-            inverse = self._inverse(most.bitcast(f32))
-            self.groups[t, group] = most.bitcast(f32) * (1.0 / 127.0), [self._round(v, inverse) for v in values]
+                most = self.b.max(most, largest_bits(self.b, v))
+            inverse = inverse_scale(self.b, most.bitcast(f32))
+            self.groups[t, group] = most.bitcast(f32) * SCALE, [rounded(self.b, v, inverse) for v in values]
         return self.groups[t, group]
 
     def scale(self, t: int, slot: int) -> Value:
@@ -231,7 +212,7 @@ class LaneChunkX(X):
         return self._group(t, slot)[1][slot % GROUP][comp]
 
     def integer_word(self, t: int, slot: int) -> Value:
-        return self._bytes(self._group(t, slot)[1][slot % GROUP])
+        return as_bytes(self._group(t, slot)[1][slot % GROUP])
 
     def integer_total(self, t: int, slots: range, comps: range = range(4)) -> Value:
         return tree_sum([self.integer(t, slot, comp) for slot in slots for comp in comps])
