@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("-r", "--repeat", type=int, default=3)
     args = parser.parse_args()
     found: dict[int, list[float]] = {1: [], args.streams: []}
-    runtime = RuntimeConfig(n_ctx=256, n_seq=args.streams)
+    runtime = RuntimeConfig(n_ctx=256, n_seq=args.streams, speculate="off")
     with LLMEngine.init_model(args.model, runtime) as engine, BatchEngine(engine) as batch:
         for n in found:
             tokens_per_second(batch, n, 4)  # records the buckets

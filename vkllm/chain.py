@@ -24,7 +24,7 @@ from vkllm.kernels import texel_format
 from vkllm.kv_cache import BlockTable
 from vkllm.memory import fit
 from vkllm.packing import load_weights
-from vkllm.plan import Graph, Linear, Qkv
+from vkllm.plan import ExpertLinear, Graph, Linear, Qkv
 from vkllm.rope import rope_table
 from vkllm.schedule import Barrier, Dispatch, Step, cut, order
 from vkllm.vk import Binding, Buffer, Device, Pipeline, Recording
@@ -116,8 +116,9 @@ class ModelChain:
         self._lower, self.n_block, self.n_ctx = fitted.lower, fitted.n_block, fitted.lower.n_ctx
         self.capacity = self._lower.capacity
         self.activations = self._lower.activations
-        multiplied = [part for op in graph.ops if isinstance(op, Linear | Qkv) for part in op.parts]
-        self.bytes_per_token = sum(weight_bytes(file, part) for part in multiplied)
+        multiplied = [part for op in graph.ops if isinstance(op, Linear | Qkv | ExpertLinear) for part in op.parts]
+        used = graph.config.n_expert_used
+        self.bytes_per_token = sum(weight_bytes(file, part) * (used if part.n_expert else 1) for part in multiplied)
         debug.log(debug.DEVICE, f"{device.info.name}, {self._lower.layout.kind}, activations {self.activations}")
         debug.log(
             debug.DEVICE,

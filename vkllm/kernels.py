@@ -73,9 +73,12 @@ def texel_format(binding: KernelBinding) -> TexelFormat | None:
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product before it is a dispatch: what it binds and pushes by name, and the packed rows of its matrix."""
+    """A matrix product before it is a dispatch: what it binds and pushes by name, and the packed rows of its matrix.
+
+    `tiled`: the GEMM that does it instead, where there are rows enough and the schedule has one."""
 
     spec: MatmulSpec
+    tiled: GemmSpec | None
     n_packed: int
     buffers: dict[str, str]
     push: dict[str, int | float]
@@ -98,9 +101,8 @@ class Lowering:
         self._limits, self._rate = limits, RATES.get(device.kind, DISCRETE_RATE)
         self._kernels = KernelCache()
 
-        self.fuses_heads = (
-            runtime.cache_type == "f16" and c.rope_dim == c.head_dim
-        )  # else in a dispatch of their own, as q/k norms
+        # Whether QKV products can turn heads and fill the cache themselves; norms of heads always take a dispatch of their own.
+        self.fuses_heads = runtime.cache_type == "f16" and c.rope_dim == c.head_dim
         n_byte = sum(device_nbytes(file.tensors[name]) for name in self._types)
         self.activations = _activations(runtime.activations, self._choices.activations, n_byte)
         self._by_op = {op.name: tuple(self._matrices_of(op)) for op in graph.ops if isinstance(op, MatrixOp)}
@@ -127,7 +129,7 @@ class Lowering:
     def stride(self, name: str) -> int:
         """Floats from row to row of a row buffer. Only rows that matrix kernels write are padded."""
         n_col = self._n_qkv if name == "qkv" else self.graph.buffers[name].n_col
-        return -(-n_col // ROW_ALIGN) * ROW_ALIGN if name in self._padded() else n_col
+        return _whole_steps(n_col) if name in self._padded() else n_col
 
     @property
     def _n_qkv(self) -> int:
@@ -193,8 +195,8 @@ class Lowering:
         """An op's weights as packed matrices: neighbours of one type share a buffer and a dispatch."""
         if isinstance(op, Qkv):
             epilogue = "qkv" if self._fused(op) else "store"
-            for _, alike in groupby(op.parts, key=lambda part: self._types[part.weight]):
-                yield self._matrix(tuple(alike), epilogue)
+            for _, same in groupby(op.parts, key=lambda part: self._types[part.weight]):
+                yield self._matrix(tuple(same), epilogue)
             return
         parts = parts_of(op)
         if len({self._types[part.weight] for part in parts}) > 1:
@@ -270,10 +272,9 @@ class Lowering:
         return self._one(op, self._product(op, matrix, spec, n_row, buffers, push), n_grid or n_row)
 
     def _one(self, op: Linear | Qkv | ExpertLinear, product: Product, n_row: int) -> Dispatch:
-        """A product as a dispatch of its own: a GEMM where there are rows enough and the schedule has one."""
-        tiled = self._gemm(product.spec, n_row)
-        kernel = self._kernels.get(gemm, tiled) if tiled else self._kernels.get(matmul, product.spec)
-        groups = (tiled or product.spec).groups(product.n_packed, n_row)
+        """A product as a dispatch of its own."""
+        kernel = self._kernels.get(gemm, product.tiled) if product.tiled else self._kernels.get(matmul, product.spec)
+        groups = (product.tiled or product.spec).groups(product.n_packed, n_row)
         return self._make(op, kernel, product.buffers, product.push, groups, product.cost_us)
 
     def _gemm(self, spec: MatmulSpec, n_row: int) -> GemmSpec | None:
@@ -316,7 +317,7 @@ class Lowering:
         tiled = self._gemm(spec, n_row)
         nbytes = matrix.nbytes * n_packed // len(matrix.order) * -(-n_row // (tiled.tokens if tiled else spec.tile))
         cost_us = max(nbytes / bytes_a_us, matrix.n_row * matrix.n_col * n_row / macs_a_us)
-        return Product(spec, n_packed, buffers, push, cost_us)
+        return Product(spec, tiled, n_packed, buffers, push, cost_us)
 
     def _spec(
         self, op: Linear | Qkv | ExpertLinear, matrix: Matrix, epilogue: str, n_row: int, gather: bool = False
@@ -380,8 +381,7 @@ class Lowering:
         """One dispatch for matrices of up to two types, and one for the heads where the matrix kernels cannot do their work."""
         products = [self._qkv_product(op, matrix, n_row) for matrix in self._by_op[op.name]]
         dispatches = self._quantize(op, n_row)
-        in_tiles = self._gemm(products[0].spec, n_row) is not None
-        if len(products) == 2 and alike(products[0].spec, products[1].spec) and not in_tiles:
+        if len(products) == 2 and alike(products[0].spec, products[1].spec) and not products[0].tiled:
             dispatches.append(self._pair(op, products[0], products[1], n_row))
         else:
             dispatches += [self._one(op, product, n_row) for product in products]

@@ -5,6 +5,8 @@ Matrices stay in the file's quantized blocks (mapped, not copied); vectors come 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -72,5 +74,6 @@ def dequantized(file: ModelFile, name: str) -> NDArray[np.float32]:
 
 
 def weight_bytes(file: ModelFile, part: Part) -> int:
-    """Bytes of a matrix in its blocks, expanded where it has to be: what one pass over it reads."""
-    return device_nbytes(file.tensors[part.weight])
+    """Bytes of a matrix in its blocks, expanded where it has to be: what one pass over it reads. Of experts: of one."""
+    n_row = math.prod(part.shape[:-1])
+    return device_nbytes(file.tensors[part.weight]) * part.n_row // n_row

@@ -172,6 +172,20 @@ def test_in_int8_a_row_does_not_depend_on_the_rows_beside_it(name: str, device: 
     assert np.array_equal(chunks.view(np.uint32), steps.view(np.uint32))
 
 
+def test_bytes_a_token(device: Device) -> None:
+    """Fused matrices count once, and of experts those that work for a token."""
+    for name, parts in (("phi3", None), ("mixtral", "exps")):
+        file = MadeUpFile(CASES[name])
+        chain = ModelChain(device, file.graph, file, RuntimeConfig(n_ctx=64))  # type: ignore[arg-type]
+        share = 2 / 5 if parts else 1.0
+        matrices = {part.weight for part in file.graph.parts()} - {"token_embd.weight"}
+        expected = sum(
+            t.nbytes * (share if parts and parts in t.name else 1) for t in file.tensors.values() if t.name in matrices
+        )
+        assert chain.bytes_per_token == pytest.approx(expected)
+        chain.close()
+
+
 def test_long_factors_are_for_long_contexts(device: Device) -> None:
     case = CASES["phi3"]
     file = MadeUpFile(Case(case.arch, case.keys | {"rope.scaling.original_context_length": 64}, case.tensors))

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from random_models import Shape, write_model
 
 from vkllm.config import RuntimeConfig
 from vkllm.diff import nmse
 from vkllm.engine import LLMEngine
 from vkllm.reference import ReferenceExecutor
 from vkllm.vk import Device
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from random_models import Shape, write_model
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="pip install vkllm[oracle]")
 

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
+from test_batching import Alternate
 
 from vkllm import LLMEngine, RuntimeConfig, SamplingParams
 from vkllm.batching import BatchEngine
@@ -134,21 +133,6 @@ def test_a_step_that_fails_with_drafts_runs_without(
         assert batch.submit(PROMPTS[0], PARAMS[0]).result().token_ids == expected[0]
         assert failed[0] > 0 and batch.stats.accepted_tokens == 0
         assert batch.scheduler.n_row == engine.chain.capacity
-
-
-class Alternate:
-    """A constraint: tokens 40 and 50 in turn, six of them."""
-
-    n = 0
-
-    def allowed(self) -> NDArray[np.bool_]:
-        mask = np.zeros(2048, np.bool_)
-        mask[50 if self.n % 2 else 40] = True
-        return mask
-
-    def accept(self, token_id: int) -> bool:
-        self.n += 1
-        return self.n < 6
 
 
 def test_a_constrained_request_is_not_drafted_for(engine: LLMEngine) -> None:

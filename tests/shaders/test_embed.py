@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from check import check_kernel, lanes
+from test_formats import random_blocks
 
 from vkllm_shaders.embed import embed, groups
 from vkllm_shaders.formats import FORMATS, Layout, pack, packed_nbytes
 from vkllm_shaders.reference_matmul import dequantize
-
-sys.path.insert(0, str(Path(__file__).parent))
-from check import check_kernel, lanes
-from test_formats import random_blocks
 
 
 @pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])

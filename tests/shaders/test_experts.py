@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
+from check import check_kernel, lanes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders import reference
 from vkllm_shaders.experts import MAX_TILED_ROWS, RouteSpec, TileSpec, combine, combine_groups, route, tiles
-
-sys.path.insert(0, str(Path(__file__).parent))
-from check import check_kernel, lanes
 
 COUNTS = [(1, 1), (2, 2), (7, 3), (8, 1), (9, 8), (31, 16), (32, 4), (128, 8), (256, 16)]
 

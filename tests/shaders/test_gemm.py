@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from check import device, lanes
+from test_matmul import Case
 
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.formats import FORMATS, Layout
 from vkllm_shaders.gemm import TILES, GemmSpec, fitted, gemm
 from vkllm_shaders.matmul import MatmulSpec
 from vkllm_shaders.reference_matmul import linear
-
-sys.path.insert(0, str(Path(__file__).parent))
-from check import check_kernel, device, lanes
-from test_matmul import Case
 
 F16_NMSE = 5e-7  # two roundings to 11 bits: about 8e-8 in the mean, more where few values make the sum
 
@@ -44,13 +40,8 @@ class GemmCase(Case):
         self.gemm = spec
 
     def run(self, outputs: dict[str, np.ndarray], max_nmse: float = 1e-6, **options: Any) -> dict[str, np.ndarray]:
-        kernel = gemm(self.gemm)
-        if any(b.name == "params" for b in kernel.bindings):
-            self.buffers["params"] = self.params
-            self.push["capacity"] = self.capacity
-        buffers = {b.name: self.buffers[b.name] for b in kernel.bindings}
         groups = self.gemm.groups(len(self.order), self.n_token)
-        return check_kernel(kernel, outputs, buffers, self.push, {}, groups, max_nmse=max_nmse, subgroup_size=lanes(), **options)
+        return self.run_kernel(gemm(self.gemm), groups, outputs, max_nmse=max_nmse, subgroup_size=lanes(), **options)
 
 
 PATHS = ["plain", "coop"]

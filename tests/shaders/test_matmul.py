@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from check import check_kernel, lanes, nmse
+from test_formats import random_blocks
 
+from vkllm_codegen import Kernel
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.experts import TileSpec
 from vkllm_shaders.formats import FORMATS, Layout, pack, pack_vector, packed_nbytes, row_order
 from vkllm_shaders.matmul import ALIGN_COLUMNS, OWN_BINDINGS, OWN_PUSH, MatmulSpec, alike, matmul, matmul_pair, pair_groups
 from vkllm_shaders.reference import NO_ID, tiles
 from vkllm_shaders.reference_matmul import dequantize, experts, linear, rmsnorm, rotate, swiglu, swiglu_oai
-
-sys.path.insert(0, str(Path(__file__).parent))
-from check import check_kernel, lanes, nmse
-from test_formats import random_blocks
 
 EPS = 1e-5
 NAN = np.float32(np.nan)
@@ -66,14 +63,17 @@ class Case:
         self.y = linear(self.weights, self.x, self.bias, self.norm, EPS)
 
     def run(self, outputs: dict[str, np.ndarray], max_nmse: float = 1e-6, **options: Any) -> dict[str, np.ndarray]:
-        kernel = matmul(self.spec)
+        size = None if self.spec.layout.kind == "lane_row" else self.spec.subgroup
+        groups = self.spec.groups(len(self.order), self.n_token)
+        return self.run_kernel(matmul(self.spec), groups, outputs, max_nmse=max_nmse, subgroup_size=size, **options)
+
+    def run_kernel(self, kernel: Kernel, groups: tuple[int, int, int], outputs: dict[str, np.ndarray], **options: Any) -> Any:
+        """This case on any kernel with the bindings and push constants of matmul."""
         if any(b.name == "params" for b in kernel.bindings):
             self.buffers["params"] = self.params
             self.push["capacity"] = self.capacity
         buffers = {b.name: self.buffers[b.name] for b in kernel.bindings}
-        groups = self.spec.groups(len(self.order), self.n_token)
-        size = None if self.spec.layout.kind == "lane_row" else self.spec.subgroup
-        return check_kernel(kernel, outputs, buffers, self.push, {}, groups, max_nmse=max_nmse, subgroup_size=size, **options)
+        return check_kernel(kernel, outputs, buffers, self.push, {}, groups, **options)
 
     def check(self, max_nmse: float = 1e-6, **options: Any) -> float:
         """The row-wise epilogues, into a y with room to the left and right that must stay as it is. Returns: the NMSE."""

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from check import check_kernel, lanes, run_on_device
+from test_matmul import Case, spec_of
 
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.matmul import MatmulSpec, matmul
 from vkllm_shaders.quantize import SCALE_ROWS, in_sixteenths, quantize
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_matmul import Case, spec_of
 
 EPS = 1e-5
 INT8_FORMATS = ("Q4_0", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
