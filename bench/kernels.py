@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from vkllm.vk import Binding, Buffer, Device, open_device
-from vkllm_shaders.formats import FORMATS, Layout, pack, packed_nbytes, row_order
+from vkllm_shaders.formats import FORMATS, Layout, coded_of, pack, packed_nbytes, row_order
 from vkllm_shaders.matmul import MatmulSpec, matmul
+from vkllm_shaders.records import n_group, record_nbytes, squares_stride
 
 TEXEL = {"u32x4": "rgba32ui", "f32x4": "rgba32f"}
 
@@ -56,13 +57,18 @@ def measure(
     t0 = time.perf_counter()
     pack(f, random_rows(spec.fmt, n_row, n_col), n_col, spec.layout, packed, order)
     pack_s = time.perf_counter() - t0
-    width = -(-n_col // 64) * 64
-    x = np.zeros((n_token, width), np.float32)
-    x[:, :n_col] = np.random.default_rng(1).standard_normal((n_token, n_col))
+    width, rng = -(-n_col // 64) * 64, np.random.default_rng(1)
+    if spec.from_records:
+        x = rng.integers(0, 1 << 32, (record_nbytes(n_token, n_col) // 16, 4), dtype=np.uint32)
+        x[:, 1::2] = np.float32(0.01).view(np.uint32)  # scales
+    else:
+        x = np.zeros((n_token, width), np.float32)
+        x[:, :n_col] = rng.standard_normal((n_token, n_col))
     weights = [filled(device, packed, huge) for _ in range(copies)]
     shared = {
         "x": filled(device, x),
         "norm_w": filled(device, np.ones(width, np.float32)),
+        "squares": filled(device, np.ones((n_token, squares_stride(n_col)), np.float32)),
         "y": device.buffer(4 * n_token * n_row, host=True),
     }
     t0 = time.perf_counter()
@@ -71,9 +77,10 @@ def measure(
     trace_s = time.perf_counter() - t0
     pipeline = device.pipeline(kernel.name, code, tuple(b.kind for b in kernel.bindings), kernel.push_bytes)
     values = {
-        "n_chunk": f.n_chunk(n_col),
+        "n_chunk": (coded_of(spec.fmt) if spec.from_records else f).n_chunk(n_col),
         "n_group": spec.layout.n_group(len(order)),
-        "x_stride": width // 4,
+        "x_stride": n_group(n_col) if spec.from_records else width // 4,
+        "squares_stride": squares_stride(n_col) // 4,
         "n_token": n_token,
         "n_row": n_rows[0],
         "first_row": 0,
@@ -126,6 +133,7 @@ def main() -> None:
     parser.add_argument("--cols", type=int, default=0, help="default: 896, or 1024 for K-quants")
     parser.add_argument("--lane-rows", type=int, default=4)
     parser.add_argument("--copies", type=int, default=0, help="distinct weights; default: enough to miss the caches")
+    parser.add_argument("--side-by-side", type=int, default=2, help="row groups a workgroup takes together (int8, tile 1)")
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--activations", default="f32")
     parser.add_argument("--epilogue", default="store")
@@ -134,11 +142,10 @@ def main() -> None:
     parser.add_argument("--schedule", default="lane_row")
     args = parser.parse_args()
     device = open_device()
-    layout = (
-        Layout("lane_row", device.limits.subgroup_size, args.lane_rows)
-        if args.schedule == "lane_row"
-        else Layout("lane_chunk", 1, args.lane_rows)
-    )
+    pair = args.schedule == "lane_row" and args.activations == "int8"
+    layout = Layout("lane_chunk", 1, args.lane_rows)
+    if args.schedule == "lane_row":
+        layout = Layout("lane_pair") if pair else Layout("lane_row", device.limits.subgroup_size, args.lane_rows)
     results = []
     for fmt in args.fmt.split(","):
         n_col = args.cols or (1024 if FORMATS[fmt].block == 256 else 896)
@@ -150,6 +157,7 @@ def main() -> None:
                 norm=args.norm,
                 epilogue=args.epilogue,
                 activations=args.activations,
+                side_by_side=args.side_by_side if pair and tile == 1 else 1,
                 subgroup=device.limits.subgroup_size,
             )
             n_token = args.tokens or (1 if tile == 1 else 64 // tile * tile)

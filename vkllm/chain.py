@@ -126,7 +126,7 @@ class ModelChain:
         )
         self._buffers: dict[str, Buffer] = {}
         self._recorded: dict[tuple[int, int, bool], Recorded] = {}
-        padded = {"qkv", *graph.buffers} - {graph.logits}  # their padding is read, so it must not hold NaN
+        padded = self._lower.zeroed()
         for name, nbytes in self._lower.buffer_bytes(self.n_block).items():
             self._buffers[name] = self._zeroed(name, nbytes) if name in padded else self._buffer(name, nbytes)
         self._load(file)

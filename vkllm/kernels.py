@@ -37,6 +37,7 @@ from vkllm.plan import (
     Route,
     parts_of,
 )
+from vkllm.plan.records import plan_records
 from vkllm.schedule import Dispatch
 from vkllm.tuned import product_shapes, tuned
 from vkllm.vk import DeviceInfo
@@ -44,20 +45,22 @@ from vkllm.vk.types import Format as TexelFormat
 from vkllm_codegen import Binding as KernelBinding
 from vkllm_codegen import f32, f32x4, u32, u32x4
 from vkllm_shaders.attention import AttentionSpec, cache_row_nbytes, combine, direct, partial
-from vkllm_shaders.embed import embed
+from vkllm_shaders.embed import embed, embed_codes
 from vkllm_shaders.embed import groups as embed_groups
 from vkllm_shaders.experts import RouteSpec, TileSpec, combine_groups, route, tiles
 from vkllm_shaders.experts import combine as combine_experts
-from vkllm_shaders.formats import FORMATS, Layout, row_order
+from vkllm_shaders.formats import CODED, Layout, row_order
 from vkllm_shaders.gemm import GemmSpec, gemm
 from vkllm_shaders.gemm import fitted as fitted_gemm
 from vkllm_shaders.heads import HeadSpec, heads
-from vkllm_shaders.matmul import OWN_BINDINGS, OWN_PUSH, MatmulSpec, alike, best_tile, matmul, matmul_pair, pair_groups
-from vkllm_shaders.quantize import SCALE_ROWS, in_sixteenths, quantize
+from vkllm_shaders.matmul import OWN_BINDINGS, OWN_PUSH, MatmulSpec, alike, matmul, matmul_pair, pair_groups
+from vkllm_shaders.records import GROUP, LANES, n_group, record_nbytes, squares_stride
 from vkllm_shaders.rmsnorm import rmsnorm_add
 from vkllm_shaders.sample import SampleSpec, argmax, top_k
+from vkllm_shaders.to_records import to_records
 
 SMALL_MODEL_BYTES = 64 << 20
+MAX_FLOAT_TILE = 4  # tokens of a tile of f32 products on lavapipe: more need more registers than there are
 ROW_ALIGN = 64  # floats: rows of activations are padded to whole steps of the matrix kernels
 TEXEL_FORMATS: dict[object, TexelFormat] = {u32: "r32ui", f32: "r32f", u32x4: "rgba32ui", f32x4: "rgba32f"}
 
@@ -105,6 +108,8 @@ class Lowering:
         self.fuses_heads = runtime.cache_type == "f16" and c.rope_dim == c.head_dim
         n_byte = sum(device_nbytes(file.tensors[name]) for name in self._types)
         self.activations = _activations(runtime.activations, self._choices.activations, n_byte)
+        if lane_row and self.lanes != LANES:
+            self.activations = "f32"
         self._by_op = {op.name: tuple(self._matrices_of(op)) for op in graph.ops if isinstance(op, MatrixOp)}
         self.matrices: tuple[Matrix, ...] = tuple({m.name: m for ms in self._by_op.values() for m in ms}.values())
 
@@ -113,7 +118,7 @@ class Lowering:
             c.n_head // c.n_kv_head,
             runtime.block_size,
             self.lanes,
-            schedule=self.layout.kind,
+            schedule="lane_row" if lane_row else "lane_chunk",
             cache=runtime.cache_type,
             scale=c.attention_scale,
             softcap=c.attn_softcap,
@@ -123,6 +128,7 @@ class Lowering:
         self._attention = spec if lane_row else spec.fitted(limits.max_shared_bytes, limits.max_workgroup_invocations)
         self.n_split = 1 if lane_row else spec.n_split(n_ctx)
         self._sample = SampleSpec(lanes=self.lanes)
+        self._records = plan_records(graph, self._reads_records, self._can_record)
 
     # -- buffers --------------------------------------------------------------------------------------------------------------
 
@@ -155,11 +161,12 @@ class Lowering:
                 sizes |= {} if self._fused(op) else {"qkv": (n * self.stride("qkv") + ROW_ALIGN) * 4}
         if self.n_split > 1:
             sizes["partials"] = self._attention.scratch_nbytes(n, c.n_kv_head, self.n_split)
-        if self.activations == "int8":
-            widest = max(_whole_steps(op.parts[0].n_col) for op in self.graph.ops if isinstance(op, Linear | Qkv))
-            nbytes = {"q": n * widest, "scales": -(-n // SCALE_ROWS) * SCALE_ROWS * widest // 8, "norms": n * 4}
-            types = {in_sixteenths(m.fmt) for m in self.matrices if FORMATS[m.fmt].n_sub}
-            sizes |= {name: nbytes[what] for kind in types for what, name in _quantized_names(kind).items()}
+        for op in self._readers():
+            buffer, n_col = self.graph.buffers[op.x], op.parts[0].n_col
+            n_x = n * buffer.rows_per_token
+            for name in (_record_name(op), _record_name(op, gathered=True)) if _gathers(op) else (_record_name(op),):
+                sizes[name] = max(sizes.get(name, 0), record_nbytes(n_x, n_col))
+                sizes[_squares_name(name)] = n_x * squares_stride(n_col) * 4
         if self._tiles_experts(n_y := n * c.n_expert_used) and c.n_expert:
             n_tile = self._expert_tiles.n_tile(n_y)
             sizes |= {"tile_experts": n_tile * 4, "tile_rows": n_tile * self._expert_tiles.tile * 4}
@@ -169,6 +176,17 @@ class Lowering:
             "candidates": self._sample.candidates_nbytes(n, c.n_vocab),
             "argmax": n * 16,
         }
+
+    def zeroed(self) -> set[str]:
+        """Buffers whose padding is read, so that it must not hold NaN."""
+        squares = {_squares_name(_record_name(op, gathered)) for op in self._readers() for gathered in (False, True)}
+        return {"qkv", *self.graph.buffers} - {self.graph.logits} | squares
+
+    def _readers(self) -> Iterator[Linear | Qkv | ExpertLinear]:
+        """The ops that read records."""
+        for op in self.graph.ops:
+            if isinstance(op, Linear | Qkv | ExpertLinear) and op.name in self._records.origins:
+                yield op
 
     @property
     def block_nbytes(self) -> int:
@@ -205,9 +223,11 @@ class Lowering:
         yield self._matrix(parts, "store" if len(parts) == 1 else "swiglu")
 
     def _matrix(self, parts: tuple[Part, ...], epilogue: str) -> Matrix:
-        c = self.graph.config
-        order = row_order(epilogue, self.layout, [p.n_row for p in parts], c.head_dim, c.rope_pairing)
-        return Matrix.of(parts, self._types[parts[0].weight], self.layout, order)
+        c, fmt = self.graph.config, self._types[parts[0].weight]
+        coded = self.layout.kind == "lane_row" and self.activations == "int8" and fmt in CODED
+        layout = Layout("lane_pair") if coded else self.layout
+        order = row_order(epilogue, layout, [p.n_row for p in parts], c.head_dim, c.rope_pairing)
+        return Matrix.of(parts, fmt, layout, order)
 
     # -- dispatches -----------------------------------------------------------------------------------------------------------
 
@@ -220,13 +240,13 @@ class Lowering:
         if isinstance(op, Attention):
             return self._attend(op, n_row)
         if isinstance(op, Linear):
-            return [*self._quantize(op, n_row), self._linear(op, n_row, n_out)] if n_out or not op.gather else []
+            return self._linear(op, n_row, n_out) if n_out or not op.gather else []
         if isinstance(op, NormAdd):
             return [self._norm_add(op, n_row)]
         if isinstance(op, Route):
             return self._route(op, n_row)
         if isinstance(op, ExpertLinear):
-            return [self._experts(op, n_row)]
+            return self._experts(op, n_row)
         if isinstance(op, Combine):
             return [self._combine(op, n_row)]
         return self._greedy(op, n_out) if n_out else []
@@ -253,10 +273,64 @@ class Lowering:
 
     def _embed(self, op: Embed, n_row: int) -> Dispatch:
         (matrix,) = self._by_op[op.name]
-        push = {"n_chunk": FORMATS[matrix.fmt].n_chunk(matrix.n_col), "x_stride": self.stride(op.y) // 4}
+        push = {"n_chunk": matrix.n_chunk, "x_stride": self.stride(op.y) // 4, "n_group": n_group(matrix.n_col)}
         buffers = {"w": matrix.name, "x": op.y, "params": "params"}
-        kernel = self._kernels.get(embed, matrix.fmt, self.layout, self._large(matrix), op.scale)
-        return self._make(op, kernel, buffers, push, embed_groups(matrix.fmt, matrix.n_col, n_row), 20.0)
+        if matrix.layout.kind == "lane_pair":
+            told, more = self._writes(op, n_row)
+            buffers, push = buffers | told, push | more
+            kernel = self._kernels.get(embed_codes, matrix.fmt, op.scale, bool(told))
+        else:
+            kernel = self._kernels.get(embed, matrix.fmt, self.layout, self._large(matrix), op.scale)
+        return self._make(op, kernel, buffers, push, embed_groups(matrix.fmt, matrix.layout, matrix.n_col, n_row), 20.0)
+
+    # -- records: activations in 8 bits ------------------------------------------------------------------------------------------
+
+    def _reads_records(self, op: Linear | Qkv | ExpertLinear) -> bool:
+        return any(matrix.layout.kind == "lane_pair" for matrix in self._by_op[op.name])
+
+    def _can_record(self, op: Op, norm: str | None) -> bool:
+        """Can `op` write the record of its result for a reader with this norm?"""
+        if self.layout.kind != "lane_row" or self.lanes != LANES:
+            return False
+        if isinstance(op, Attention):
+            return norm is None and self.n_split == 1 and self.graph.config.head_dim % GROUP == 0
+        if not isinstance(op, Embed | Linear) or self._by_op[op.name][0].layout.kind != "lane_pair":
+            return False
+        if isinstance(op, Embed):
+            return norm is not None
+        whole = op.parts[0].n_row % GROUP == 0
+        return whole and ((op.epilogue == "residual" and norm is not None) or (op.epilogue == "swiglu" and norm is None))
+
+    def _writes(self, op: Op, n_row: int) -> tuple[dict[str, str], dict[str, int]]:
+        """What `op` binds and pushes to write the record of its result; nothing where a dispatch of its own does it.
+
+        With many rows a record costs little beside its products, and tiled kernels have no registers to spare for it.
+        """
+        if n_row > 1 or op.name not in self._records.writers or isinstance(op, Argmax):
+            return {}, {}
+        norm, groups = self._records.writers[op.name], n_group(self.graph.buffers[op.y].n_col)
+        record = f"{op.y} in 8 bits"
+        stride = squares_stride(self.graph.buffers[op.y].n_col)
+        buffers = {"record": record} | ({"norm_w": norm, "squares": _squares_name(record)} if norm else {})
+        return buffers, {"n_group": groups, "squares_stride": stride}
+
+    def _own_record(self, op: Linear | Qkv | ExpertLinear, n_row: int) -> bool:
+        """Does a dispatch of its own make the record that `op` reads?"""
+        origin = self._records.origins.get(op.name)
+        return origin == "dispatch" or (origin == "writer" and n_row > 1)
+
+    def _record(self, op: Linear | Qkv | ExpertLinear, n_row: int, n_out: int = 0) -> list[Dispatch]:
+        """That dispatch, if there is one. `n_out`: for logits, the rows that are wanted."""
+        if not self._own_record(op, n_row):
+            return []
+        gathers, n_col = _gathers(op), op.parts[0].n_col
+        record = _record_name(op, gathers)
+        buffers = {"x": op.x, "norm_w": op.norm or "", "params": "params", "record": record, "squares": _squares_name(record)}
+        push = {"x_stride": self.stride(op.x) // 4, "n_group": n_group(n_col), "squares_stride": squares_stride(n_col)}
+        push |= {"capacity": n_row}
+        rows = n_out if gathers else n_row * self.graph.buffers[op.x].rows_per_token
+        kernel = self._kernels.get(to_records, op.norm is not None, gathers)
+        return [self._make(op, kernel, buffers, push, (rows, 1, 1), 10.0 + rows)]
 
     def _matmul(
         self,
@@ -306,13 +380,12 @@ class Lowering:
             {"norm_w": op.norm} if op.norm else {}
         )
         n_packed = len(matrix.order) // max(1, matrix.parts[0].n_expert)  # of one expert
-        n_group = matrix.layout.n_group(n_packed)
-        push |= {"n_chunk": FORMATS[matrix.fmt].n_chunk(matrix.n_col), "n_group": n_group, "n_token": n_row}
+        push |= {"n_chunk": matrix.n_chunk, "n_group": matrix.layout.n_group(n_packed), "n_token": n_row}
         push |= {"n_col": matrix.n_col, "x_stride": self.stride(op.x) // 4, "eps": self.graph.config.rms_norm_eps}
-        if spec.quantized:
-            names = _quantized_names(in_sixteenths(matrix.fmt))
-            buffers |= {"x": names["q"], "scales": names["scales"], "norms": names["norms"]}
-            push |= {"x_stride": _whole_steps(matrix.n_col) // 16}
+        if spec.from_records:
+            record = _record_name(op, _gathers(op) and not spec.gather)
+            buffers |= {"x": record, "squares": _squares_name(record)}
+            push |= {"x_stride": n_group(matrix.n_col), "squares_stride": squares_stride(matrix.n_col) // 4}
         bytes_a_us, macs_a_us = self._rate
         tiled = self._gemm(spec, n_row)
         nbytes = matrix.nbytes * n_packed // len(matrix.order) * -(-n_row // (tiled.tokens if tiled else spec.tile))
@@ -320,22 +393,31 @@ class Lowering:
         return Product(spec, tiled, n_packed, buffers, push, cost_us)
 
     def _spec(
-        self, op: Linear | Qkv | ExpertLinear, matrix: Matrix, epilogue: str, n_row: int, gather: bool = False
+        self,
+        op: Linear | Qkv | ExpertLinear,
+        matrix: Matrix,
+        epilogue: str,
+        n_row: int,
+        gather: bool = False,
+        records: bool = False,
     ) -> MatmulSpec:
-        experts, quantized = isinstance(op, ExpertLinear), self._quantized(op, matrix, n_row)
-        tile = self._tile(n_row)
+        experts, kind = isinstance(op, ExpertLinear), matrix.layout.kind
+        tile = self._tile(n_row, kind)
+        if experts:
+            tile = self._expert_tiles.tile if self._tiles_experts(n_row) else 1
         return MatmulSpec(
             fmt=matrix.fmt,
-            layout=self.layout,
-            tile=self._expert_tiles.tile if experts and self._tiles_experts(n_row) else 1 if experts else tile,
+            layout=matrix.layout,
+            tile=tile,
             experts=experts,
-            quantized=quantized,
             norm=op.norm is not None,
             bias=any(part.bias for part in matrix.parts),
             epilogue=epilogue,  # type: ignore[arg-type]
-            activations=self.activations,
+            activations="f32" if kind == "lane_row" else self.activations,
             gather=gather,
             large=self._large(matrix),
+            side_by_side=2 if kind == "lane_pair" and tile == 1 else 1,
+            records=records,
             scale=op.scale if isinstance(op, Linear) else 1.0,
             softcap=op.softcap if isinstance(op, Linear) else 0.0,
             rope_pairing=self.graph.config.rope_pairing if epilogue == "qkv" else "interleaved",
@@ -343,44 +425,29 @@ class Lowering:
             subgroup=self.lanes,
         )
 
-    def _tile(self, n_row: int) -> int:
-        """Tokens a workgroup of a matrix product."""
-        return best_tile(n_row) if n_row <= 2 else self._choices.tile
-
-    def _quantized(self, op: Linear | Qkv | ExpertLinear, matrix: Matrix, n_row: int) -> bool:
-        """Does `op` read x in 8 bits from a dispatch of its own? Where many workgroups would quantize many rows again."""
-        gathers = isinstance(op, ExpertLinear) or (isinstance(op, Linear) and op.gather)
-        in_blocks = self.activations == "int8" and FORMATS[matrix.fmt].n_sub > 0
-        return in_blocks and self.layout.kind == "lane_row" and self._tile(n_row) == SCALE_ROWS and not gathers
-
-    def _quantize(self, op: Linear | Qkv, n_row: int) -> list[Dispatch]:
-        """The dispatches that put an op's x into 8 bits: one for each way in which its matrices group the values."""
-        dispatches = []
-        matrices = [matrix for matrix in self._by_op[op.name] if self._quantized(op, matrix, n_row)]
-        for sixteenths in dict.fromkeys(in_sixteenths(matrix.fmt) for matrix in matrices):
-            buffers = {"x": op.x, "norm_w": op.norm or ""} | _quantized_names(sixteenths)
-            n_col = op.parts[0].n_col
-            push: dict[str, int | float] = {"x_stride": self.stride(op.x) // 4, "n_texel": _whole_steps(n_col) // 4}
-            push |= {"n_col": n_col, "eps": self.graph.config.rms_norm_eps}
-            kernel = self._kernels.get(quantize, op.norm is not None, sixteenths, self.lanes)
-            dispatches.append(self._make(op, kernel, buffers, push, (n_row, 1, 1), 10.0 + n_row))
-        return dispatches
+    def _tile(self, n_row: int, kind: str) -> int:
+        """Tokens a workgroup of a matrix product, for a bucket of rows."""
+        best = min(self._choices.tile, MAX_FLOAT_TILE) if kind == "lane_row" else self._choices.tile
+        return n_row if n_row <= 2 else min(best, n_row) if kind == "lane_pair" else best
 
     def _large(self, matrix: Matrix) -> bool:
         """Must the GPU schedule read this matrix through a texel view, because no storage buffer reaches that far?"""
         return self.layout.kind == "lane_chunk" and matrix.nbytes > self._limits.max_storage_buffer_range
 
-    def _linear(self, op: Linear, n_row: int, n_out: int) -> Dispatch:
+    def _linear(self, op: Linear, n_row: int, n_out: int) -> list[Dispatch]:
         (matrix,) = self._by_op[op.name]
         rows = n_out if op.gather else n_row
-        n_y = op.parts[0].n_row
-        push: dict[str, int | float] = {"n_row": n_y, "y_stride": self.stride(op.y), "first_row": 0, "capacity": n_row}
-        return self._matmul(op, matrix, self._spec(op, matrix, op.epilogue, rows, op.gather), rows, {"y": op.y}, push)
+        push: dict[str, int | float] = {"n_row": op.parts[0].n_row, "y_stride": self.stride(op.y), "first_row": 0}
+        told, more = self._writes(op, n_row)
+        buffers = {"y": op.y} | {f"y_{name}": buffer for name, buffer in told.items()}
+        push |= {"capacity": n_row} | {f"y_{name}": value for name, value in more.items()}
+        spec = self._spec(op, matrix, op.epilogue, rows, op.gather and not self._own_record(op, n_row), bool(told))
+        return [*self._record(op, n_row, n_out), self._matmul(op, matrix, spec, rows, buffers, push)]
 
     def _qkv(self, op: Qkv, n_row: int) -> list[Dispatch]:
         """One dispatch for matrices of up to two types, and one for the heads where the matrix kernels cannot do their work."""
         products = [self._qkv_product(op, matrix, n_row) for matrix in self._by_op[op.name]]
-        dispatches = self._quantize(op, n_row)
+        dispatches = self._record(op, n_row)
         if len(products) == 2 and alike(products[0].spec, products[1].spec) and not products[0].tiled:
             dispatches.append(self._pair(op, products[0], products[1], n_row))
         else:
@@ -432,7 +499,7 @@ class Lowering:
         """Are there so many rows of experts' results that an expert has more than one on average?"""
         return n_y > 2 * self.graph.config.n_expert
 
-    def _experts(self, op: ExpertLinear, n_row: int) -> Dispatch:
+    def _experts(self, op: ExpertLinear, n_row: int) -> list[Dispatch]:
         """A row of y for each token and each of its experts."""
         (matrix,) = self._by_op[op.name]
         n_used = self.graph.config.n_expert_used
@@ -442,9 +509,10 @@ class Lowering:
         n_y = n_row * n_used
         spec, buffers = self._spec(op, matrix, op.epilogue, n_y), {"y": op.y, "ids": op.ids}
         if not self._tiles_experts(n_y):
-            return self._matmul(op, matrix, spec, n_y, buffers, push)
+            return [*self._record(op, n_row), self._matmul(op, matrix, spec, n_y, buffers, push)]
         buffers |= {"ids": "tile_experts", "rows": "tile_rows"}
-        return self._matmul(op, matrix, spec, n_y, buffers, push, self._expert_tiles.n_tile(n_y) * spec.tile)
+        n_grid = self._expert_tiles.n_tile(n_y) * spec.tile
+        return [*self._record(op, n_row), self._matmul(op, matrix, spec, n_y, buffers, push, n_grid)]
 
     def _combine(self, op: Combine, n_row: int) -> Dispatch:
         n_col = self.graph.buffers[op.y].n_col
@@ -465,14 +533,16 @@ class Lowering:
 
     def _attend(self, op: Attention, n_row: int) -> list[Dispatch]:
         """One dispatch where rows and heads fill the device; on GPUs the positions are split as well, and merged by a second."""
-        c, spec = self.graph.config, replace(self._attention, windowed=bool(op.window), sinks=op.sinks is not None)
+        told, more = self._writes(op, n_row)
+        c = self.graph.config
+        spec = replace(self._attention, windowed=bool(op.window), sinks=op.sinks is not None, records=bool(told))
         buffers = {"q": op.q, "k": f"k.{op.layer}", "v": f"v.{op.layer}", "block_table": "block_table", "params": "params"}
         buffers |= {"sinks": op.sinks} if op.sinks else {}
         push = {"n_token": n_row, "n_kv_head": c.n_kv_head, "window": op.window}
         cost_us = 2 * n_row * c.n_head * c.head_dim * min(op.window or self.n_ctx, self.n_ctx) / self._rate[1]
         if self.n_split == 1:
             kernel = self._kernels.get(direct, spec)
-            return [self._make(op, kernel, buffers | {"out": op.y}, push, (1, c.n_kv_head, n_row), cost_us)]
+            return [self._make(op, kernel, buffers | told | {"out": op.y}, push | more, (1, c.n_kv_head, n_row), cost_us)]
         parts, merge = self._kernels.get(partial, spec), self._kernels.get(combine, spec)
         merging = {"partials": "partials", "params": "params", "out": op.y} | ({"sinks": op.sinks} if op.sinks else {})
         counts = {"n_token": n_row, "n_split": self.n_split, "n_head": c.n_head, "window": op.window}
@@ -522,7 +592,16 @@ def _whole_steps(n_col: int) -> int:
     return -(-n_col // ROW_ALIGN) * ROW_ALIGN
 
 
-def _quantized_names(sixteenths: bool) -> dict[str, str]:
-    """The buffers of x in 8 bits, by the names that `quantize` has for them."""
-    grouped = " in sixteenths" if sixteenths else ""
-    return {"q": f"x.int8{grouped}", "scales": f"x.scales{grouped}", "norms": f"x.norms{grouped}"}
+def _gathers(op: Linear | Qkv | ExpertLinear) -> bool:
+    """Are only some rows of x multiplied?"""
+    return isinstance(op, Linear) and op.gather
+
+
+def _record_name(op: Linear | Qkv | ExpertLinear, gathered: bool = False) -> str:
+    """The buffer of x in 8 bits: of all its rows, or of those whose logits are wanted."""
+    return f"{op.x} in 8 bits" + (", gathered" if gathered else "")
+
+
+def _squares_name(record: str) -> str:
+    """The sums of squares that belong to a record."""
+    return f"squares of {record}"

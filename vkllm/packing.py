@@ -21,7 +21,7 @@ from vkllm.files.model_file import ModelFile
 from vkllm.packed_cache import PackedCache, PackedMap, PackedWriter
 from vkllm.plan import Part
 from vkllm.vk import Buffer, Device
-from vkllm_shaders.formats import Layout, pack, pack_vector, packed_nbytes
+from vkllm_shaders.formats import FORMATS, Layout, coded_of, pack, pack_vector, packed_nbytes
 
 SLAB_BYTES = 16 << 20  # of packed weights at a time: what a device without mapped memory stages
 
@@ -60,6 +60,11 @@ class Matrix:
     def n_group(self) -> int:
         """Row groups: workgroups of one dispatch over the whole matrix."""
         return len(self.order) // self.layout.group_rows
+
+    @property
+    def n_chunk(self) -> int:
+        """Chunks of a row."""
+        return (coded_of(self.fmt) if self.layout.kind == "lane_pair" else FORMATS[self.fmt]).n_chunk(self.n_col)
 
     @property
     def nbytes(self) -> int:

@@ -16,7 +16,6 @@ from typing import Literal
 from vkllm.kernel_cache import KernelCache
 from vkllm.plan import Embed, Graph, Linear, parts_of
 from vkllm.vk import DeviceInfo, cache
-from vkllm_shaders.quantize import SCALE_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ ALLOWED: dict[str, tuple[object, ...]] = {
 
 def default_choices(lane_row: bool) -> Choices:
     """What was measured to be good for a class of devices: lane_row is for CPUs."""
-    return Choices(activations="int8" if lane_row else "f32")
+    return Choices(tile=8, activations="int8") if lane_row else Choices()
 
 
 def product_shapes(graph: Graph, types: Mapping[str, str]) -> Counter[Shape]:
@@ -95,7 +94,7 @@ def tuned(device: DeviceInfo, shapes: Iterable[Shape], lane_row: bool, folder: P
         names = {field.name for field in fields(Choices)}
         if set(found) == names and all(_is_allowed(name, found[name]) for name in names):
             choices = Choices(**found)
-            if _can_run(choices, device, lane_row):
+            if choices.attention_tile % device.limits.subgroup_size == 0:
                 return choices
     except (OSError, ValueError, TypeError):
         pass
@@ -105,7 +104,3 @@ def tuned(device: DeviceInfo, shapes: Iterable[Shape], lane_row: bool, folder: P
 def _is_allowed(name: str, value: object) -> bool:
     return not isinstance(value, bool | float) and value in ALLOWED[name]
 
-
-def _can_run(choices: Choices, device: DeviceInfo, lane_row: bool) -> bool:
-    """Do the choices suit the schedule and the device's subgroups?"""
-    return choices.attention_tile % device.limits.subgroup_size == 0 and (not lane_row or choices.tile <= SCALE_ROWS)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from functools import cache
 
-from vkllm_codegen import Block, Buffer, Kernel, Value, f32x4, kernel, read, texel, u32, u32x4, write
-from vkllm_shaders.formats import SLOTS, Layout, StepWeights, format_of
+from vkllm_codegen import Block, Buffer, Kernel, Value, f32, f32x4, kernel, read, texel, trace, u32, u32x4, write
+from vkllm_shaders.formats import SLOTS, CodedWeights, Layout, StepWeights, code_order, coded_of, format_of
+from vkllm_shaders.records import LANES, OWN, largest_of, n_group, squares_of, write_record
+from vkllm_shaders.sums import tree_sum
 
 WORKGROUP = 32
 
 
-def groups(fmt: str, n_col: int, n_token: int) -> tuple[int, int, int]:
-    """Workgroups of a dispatch: an invocation takes a step of 64 weights of a token."""
+def groups(fmt: str, layout: Layout, n_col: int, n_token: int) -> tuple[int, int, int]:
+    """Workgroups of a dispatch: an invocation takes a step of a token."""
     f = format_of(fmt)
-    return -(-f.n_chunk(n_col) * f.steps // WORKGROUP), n_token, 1
+    n_step = n_group(n_col) if layout.kind == "lane_pair" else f.n_chunk(n_col) * f.steps
+    return -(-n_step // WORKGROUP), n_token, 1
 
 
 @cache
@@ -65,6 +68,59 @@ def embed(fmt: str, layout: Layout, large: bool = False, scale: float = 1.0) -> 
                             x[t * x_stride + out] = value if scale == 1.0 else value * scale
 
     return embed_kernel
+
+
+@cache
+def embed_codes(fmt: str, scale: float = 1.0, records: bool = False) -> Kernel:
+    """The same from a matrix of layout "lane_pair"; with `records` also the records of x times a norm's weights.
+
+    Bindings: w (texel u32x4), params (u32), x (f32x4 [n_token, x_stride]); with records: norm_w (texel f32x4), record, squares.
+    Push: n_chunk, x_stride, n_group (of 32 columns a row: steps to walk); with records: squares_stride (floats).
+    """
+    coded, layout = coded_of(fmt), Layout("lane_pair")
+    order = code_order(coded.group)
+
+    def body(b: Block, bufs: dict[str, Buffer], push: dict[str, Value]) -> None:
+        at, t, w = b.global_id(0), b.workgroup_id(1), bufs["w"]
+        token = bufs["params"][t]
+        within = token % layout.group_rows
+        row, lane = within % layout.rows, within // layout.rows  # a lane's rows are neighbours
+        chunk, step = at // coded.steps, at % coded.steps
+        base = (token // layout.group_rows * push["n_chunk"] + chunk) * (coded.n_texel * LANES) + lane
+        first = base + (step * coded.n_body + coded.n_head) * LANES
+        with b.when(at < push["n_group"]):
+            values = [b.var(f32, 0.0) for _ in order]  # in the order of codes
+            for r in range(layout.rows):
+                with b.when(row == r):
+                    weights = CodedWeights(coded, b, lambda j: w[base + j * LANES], lambda j: w[first + j * LANES], step)
+                    for index, value in enumerate(values):
+                        value.set(_weight_of_code(weights, r, index) * scale)
+            by_place = {place: value.get() for place, value in zip(order, values, strict=True)}
+            columns = [[by_place[q, j] for q in range(OWN)] for j in range(LANES)]  # of lane (lane ^ j)
+            for j, own in enumerate(columns):
+                bufs["x"][t * push["x_stride"] + at * LANES + (lane ^ j)] = b.vec(*own)
+            if records:
+                squares = [squares_of(own) for own in columns]
+                bufs["squares"][t * push["squares_stride"] + at] = tree_sum(squares)
+                norms = [bufs["norm_w"][at * LANES + (lane ^ j)] for j in range(LANES)]
+                columns = [[v * norm[i] for i, v in enumerate(own)] for own, norm in zip(columns, norms, strict=True)]
+                largest = largest_of(b, [v for own in columns for v in own]).bitcast(f32)
+                for j, own in enumerate(columns):
+                    write_record(b, bufs["record"], t, push["n_group"], at, lane ^ j, own, largest)
+
+    bindings = {"w": texel(u32x4), "params": read(u32), "x": write(f32x4)}
+    bindings |= {"norm_w": texel(f32x4), "record": write(u32), "squares": write(f32)} if records else {}
+    names = ["n_chunk", "x_stride", "n_group"] + ["squares_stride"] * records
+    name = f"embed_{fmt.lower()}_lane_pair" + (f"_scale{scale:.9g}" if scale != 1.0 else "") + ("_records" if records else "")
+    return trace(name, bindings, dict.fromkeys(names, u32), {}, WORKGROUP, body)
+
+
+def _weight_of_code(w: CodedWeights, r: int, index: int) -> Value:
+    """One dequantized weight, by the number of its code."""
+    sub, both = index // w.coded.group, w.both(r // 2, index)
+    code = both >> 16 if r % 2 else both & 0xFFFF
+    value = (code - w.coded.zero if w.coded.zero else code).to(f32) * w.scale(r, sub)
+    return value - w.minimum(r, sub) if w.coded.minimum else value
 
 
 def weight(w: StepWeights, r: int, slot: int, comp: int) -> Value:

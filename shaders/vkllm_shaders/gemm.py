@@ -60,7 +60,7 @@ class GemmSpec:
 
     def __post_init__(self) -> None:
         p = self.product
-        if p.on_lavapipe or p.experts or p.quantized or p.activations != "f32":
+        if p.on_lavapipe or p.experts or p.activations != "f32":
             raise KernelError(f"a gemm of {p.name}", hint="expected lane_chunk, f32 activations, no experts")
         wrong = self._wrong()
         if wrong:
@@ -253,7 +253,8 @@ class _Tile(Body):
         """Four rows of a token, `row` counted within the tile."""
         step, last = 2 if self.spec.paired else 1, Finish(self)
         for e in range(0, QUAD, step):
-            last.one(values[e : e + step], self.first_row + row + e, token, e)
+            packed = self.first_row + row + e
+            last.one(values[e : e + step], packed, packed // step, token)
 
 
 class _PlainTile(_Tile):

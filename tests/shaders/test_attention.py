@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders import attention, reference
 from vkllm_shaders.attention import AttentionSpec, cache_row_nbytes
+from vkllm_shaders.records import LANES, n_group, record_nbytes
+from vkllm_shaders.to_records import to_records
 
 BLOCK = 32
 ONE_ROW = {"n_token": 1, "n_kv_head": 1}
@@ -352,3 +354,68 @@ def test_cache_rows() -> None:
         AttentionSpec(8, 2, cache="q8_0")
     with pytest.raises(KernelError, match="softcap"):
         AttentionSpec(64, 2, softcap=-1.0)
+
+
+# -- the output in 8 bits --------------------------------------------------------------------------------------------------------
+
+
+def with_records(spec: AttentionSpec, inputs: dict[str, Any], n_kv_head: int, window: int = 0) -> dict[str, Any]:
+    """`direct` on the device, whose `out` and `record` these are; and `expected`, the records of that `out` by to_records."""
+    n_row, n_col = len(inputs["q"]), n_kv_head * spec.group * spec.head_dim
+    if lanes() != LANES:
+        pytest.skip(f"records are made by subgroups of {LANES}; the device has {lanes()}")
+    empty = {"record": np.full(record_nbytes(n_row, n_col) // 4, 0xDEADBEEF, np.uint32)}
+    push = {"n_token": n_row, "n_kv_head": n_kv_head, "n_group": n_group(n_col)} | ({"window": window} if spec.windowed else {})
+    buffers = inputs | empty | {"out": np.full(inputs["q"].shape, np.nan, np.float32)}
+    got = run_on_device(attention.direct(spec), buffers, push, {}, (1, n_kv_head, n_row))
+    alone = {"x_stride": n_col // 4, "n_group": n_group(n_col)}
+    made = run_on_device(to_records(norm=False), {"x": got["out"]} | empty, alone, {}, (n_row, 1, 1))
+    return got | {"expected": made["record"]}
+
+
+@pytest.mark.parametrize("cache", ["f16", "q8_0"])
+@pytest.mark.parametrize("group", [1, 7])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 160, 256])
+def test_records_are_those_of_the_output_to_the_bit(head_dim: int, group: int, cache: Any) -> None:
+    """Also where a sequence is empty; an odd row's place beside the last even one is left alone."""
+    spec, lengths = AttentionSpec(head_dim, group, cache=cache, records=True), [33, 1, 0, 9, 100]
+    inputs = case(spec, 2, lengths)
+    got = with_records(spec, inputs, 2)
+    assert nmse(got["out"], oracle(inputs, spec)) < 1e-6
+    assert np.array_equal(got["record"], got["expected"])
+
+
+def test_records_with_everything() -> None:
+    spec = AttentionSpec(96, 2, tile=16, records=True, **ALL_BUT_CACHE)
+    inputs = case(spec, 3, [70, 0, 31], window=WINDOW)
+    got = with_records(spec, inputs, 3, window=WINDOW)
+    assert nmse(got["out"], oracle(inputs, spec, WINDOW)) < 1e-6
+    assert np.array_equal(got["record"], got["expected"])
+
+
+def test_records_change_nothing_of_the_output() -> None:
+    inputs = case(AttentionSpec(64, 2), 2, [50, 7])
+    plain = inputs | {"out": np.full(inputs["q"].shape, np.nan, np.float32)}
+    without = run_on_device(attention.direct(AttentionSpec(64, 2)), plain, {"n_token": 2, "n_kv_head": 2}, {}, (1, 2, 2))
+    assert np.array_equal(with_records(AttentionSpec(64, 2, records=True), inputs, 2)["out"], without["out"])
+
+
+@pytest.mark.parametrize("damage", [np.nan, np.inf])
+def test_a_non_finite_value_reaches_its_records(damage: float) -> None:
+    """One dim of V is damaged: the scales of its group tell, and only those."""
+    spec = AttentionSpec(64, 1, records=True)
+    inputs = case(spec, 1, [40])
+    inputs["v"].view(np.float16)[inputs["block_table"][0] * BLOCK + 25, 0, 45] = damage
+    record = with_records(spec, inputs, 1)["record"]
+    scales = record.reshape(2, 8, 4)[..., 1].view(np.float32)
+    assert np.isfinite(scales[0]).all()
+    assert not np.isfinite(scales[1]).any()
+
+
+def test_where_no_records_are_written() -> None:
+    for wrong in ({"schedule": "lane_chunk"}, {"lanes": 16}, {"head_dim": 80}):
+        with pytest.raises(KernelError, match="records"):
+            AttentionSpec(**({"head_dim": 64, "group": 1, "records": True} | wrong))
+    for make in (attention.partial, attention.combine):
+        with pytest.raises(KernelError, match="records"):
+            make(AttentionSpec(64, 1, records=True))

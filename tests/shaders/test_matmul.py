@@ -12,13 +12,29 @@ from test_formats import random_blocks
 from vkllm_codegen import Kernel
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.experts import TileSpec
-from vkllm_shaders.formats import FORMATS, Layout, pack, pack_vector, packed_nbytes, row_order
+from vkllm_shaders.formats import CODED, FORMATS, Layout, coded_of, pack, pack_vector, packed_nbytes, row_order
 from vkllm_shaders.matmul import ALIGN_COLUMNS, OWN_BINDINGS, OWN_PUSH, MatmulSpec, alike, matmul, matmul_pair, pair_groups
+from vkllm_shaders.records import GROUP, n_group, squares_stride
 from vkllm_shaders.reference import NO_ID, tiles
 from vkllm_shaders.reference_matmul import dequantize, experts, linear, rmsnorm, rotate, swiglu, swiglu_oai
 
 EPS = 1e-5
 NAN = np.float32(np.nan)
+
+
+def records(v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """v f32 [n_row, n_col] as records.py has it, and as f64 what they stand for."""
+    groups = v.reshape(len(v), -1, GROUP)
+    most = np.abs(groups).max(axis=-1)
+    scale = most * np.float32(1 / 127)
+    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+    whole = np.rint(groups * inverse[..., None]).astype(np.int8)
+    out = np.zeros((-(-len(v) // 2), 2, groups.shape[1], 8, 2), np.uint32)  # [row pair, odd, group, lane, (bytes, scale)]
+    for i in range(len(v)):
+        out[i // 2, i % 2, :, :, 0] = whole[i].reshape(-1, 8, 4).view(np.uint32)[..., 0]
+        out[i // 2, i % 2, :, :, 1] = scale[i].view(np.uint32)[:, None]
+    rounded = whole.astype(np.float64) * scale[..., None].astype(np.float64)
+    return np.ascontiguousarray(out.transpose(0, 2, 3, 1, 4)).reshape(-1, 4), rounded.reshape(v.shape)
 
 
 class Case:
@@ -61,9 +77,26 @@ class Case:
         self.params = rng.integers(0, 1 << 31, (6, self.capacity)).astype(np.uint32)
         self.params[5, :n_token] = self.rows
         self.y = linear(self.weights, self.x, self.bias, self.norm, EPS)
+        if spec.from_records:
+            self.give_records()
+
+    def give_records(self) -> None:
+        """x as records; then `y` is what these multiply to."""
+        norm = np.ones(self.n_col) if self.norm is None else self.norm
+        self.buffers["x"], rounded = records(self.x_all * norm.astype(np.float32))
+        self.push |= {"x_stride": n_group(self.n_col), "n_chunk": coded_of(self.spec.fmt).n_chunk(self.n_col)}
+        factor = np.ones((self.n_token, 1))
+        if self.norm is not None:
+            stride = squares_stride(self.n_col)
+            self.buffers["squares"] = np.zeros((self.capacity, stride), np.float32)
+            by_group = self.x_all.astype(np.float64).reshape(self.capacity, -1, GROUP)
+            self.buffers["squares"][:, : n_group(self.n_col)] = (by_group**2).sum(axis=-1)
+            self.push["squares_stride"] = stride // 4
+            factor = 1.0 / np.sqrt(np.mean(self.x**2, axis=1, keepdims=True) + EPS)
+        self.y = linear(self.weights, rounded[self.rows]) * factor + (0 if self.bias is None else self.bias)
 
     def run(self, outputs: dict[str, np.ndarray], max_nmse: float = 1e-6, **options: Any) -> dict[str, np.ndarray]:
-        size = None if self.spec.layout.kind == "lane_row" else self.spec.subgroup
+        size = None if self.spec.on_lavapipe else self.spec.subgroup
         groups = self.spec.groups(len(self.order), self.n_token)
         return self.run_kernel(matmul(self.spec), groups, outputs, max_nmse=max_nmse, subgroup_size=size, **options)
 
@@ -132,9 +165,12 @@ def layout_row() -> Layout:
 def spec_of(fmt: str, kind: str, **fields: Any) -> MatmulSpec:
     if kind == "lane_row":
         return MatmulSpec(fmt, layout_row(), **fields)
+    if kind == "lane_pair":
+        return MatmulSpec(fmt, Layout("lane_pair", 8, 4), activations="int8", **fields)
     return MatmulSpec(fmt, Layout("lane_chunk", 1, fields.pop("rows", 4)), subgroup=lanes(), subgroups=2, **fields)
 
 
+INT8: dict[str, dict[str, Any]] = {"lane_chunk": {"activations": "int8"}, "lane_pair": {}}
 SHAPES = {1: (172, 32, 256), 32: (32, 896, 64), 256: (256, 768, 256)}
 
 
@@ -178,7 +214,7 @@ def test_qkv_with_rope_and_cache(tile: int, pairing: str, kind: str) -> None:
     Case(spec, (32,), 64, 3).check_qkv(3, 2, first_head=5)  # v alone, of another type than q and k
 
 
-@pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])
+@pytest.mark.parametrize("kind", ["lane_row", "lane_pair", "lane_chunk"])
 @pytest.mark.parametrize(("tile", "n_token"), [(1, 1), (4, 6)])
 @pytest.mark.parametrize("biases", [(True, True), (True, False), (False, False)])
 def test_two_formats_in_one_dispatch(biases: tuple[bool, bool], tile: int, n_token: int, kind: str) -> None:
@@ -202,15 +238,14 @@ def test_two_formats_in_one_dispatch(biases: tuple[bool, bool], tile: int, n_tok
         {name: push[name] for name, _, _ in kernel.push},
         {},
         groups,
-        subgroup_size=None if kind == "lane_row" else first.spec.subgroup,
+        subgroup_size=first.spec.subgroup if kind == "lane_chunk" else None,
     )
 
 
 def test_a_pair_must_be_alike() -> None:
-    eights = {"tile": 4, "activations": "int8", "quantized": True}
-    assert alike(spec_of("Q4_K", "lane_row", **eights), spec_of("Q5_0", "lane_row", **eights))
-    assert not alike(spec_of("Q4_K", "lane_row", **eights), spec_of("Q6_K", "lane_row", **eights))  # their x is grouped otherwise
     assert alike(spec_of("Q4_K", "lane_row"), spec_of("Q6_K", "lane_row"))
+    assert alike(spec_of("Q4_K", "lane_pair"), spec_of("Q6_K", "lane_pair"))
+    assert not alike(spec_of("Q4_K", "lane_pair"), spec_of("F16", "lane_row"))
     spec = spec_of("Q5_0", "lane_row", norm=True)
     with pytest.raises(KernelError, match="a pair of"):
         matmul_pair(spec, spec_of("Q8_0", "lane_row"))
@@ -223,11 +258,13 @@ def as_q8(x: np.ndarray) -> np.ndarray:
     return (np.round(blocks / scale) * scale.astype(np.float16)).reshape(x.shape)
 
 
-@pytest.mark.parametrize("kind", ["lane_row", "lane_chunk"])
 @pytest.mark.parametrize("tile", [1, 4])
-@pytest.mark.parametrize("fmt", [f.name for f in FORMATS.values() if f.n_sub])
-def test_int8_activations_are_as_good_as_llama_cpp(fmt: str, tile: int, kind: str, figure: Any) -> None:
-    case = Case(spec_of(fmt, kind, tile=tile, activations="int8"), (100,), 512, 5)
+@pytest.mark.parametrize(
+    ("fmt", "kind"), [(f.name, "lane_chunk") for f in FORMATS.values() if f.n_sub] + [(fmt, "lane_pair") for fmt in CODED]
+)
+def test_int8_activations_are_as_good_as_llama_cpp(fmt: str, kind: str, tile: int, figure: Any) -> None:
+    case = Case(spec_of(fmt, kind, tile=tile, **INT8[kind]), (100,), 512, 5)
+    case.y = linear(case.weights, case.x)
     peer = linear(case.weights, as_q8(case.x))
     error = np.sum((peer - case.y) ** 2) / np.sum(case.y**2)
     found, product = case.check(max_nmse=1.2 * error), "matvec" if tile == 1 else "GEMM"
@@ -235,24 +272,33 @@ def test_int8_activations_are_as_good_as_llama_cpp(fmt: str, tile: int, kind: st
 
 
 @pytest.mark.parametrize("tile", [1, 4])
-@pytest.mark.parametrize("fmt", ["Q4_0", "Q5_0", "Q8_0", "IQ4_NL"])
+@pytest.mark.parametrize(
+    ("fmt", "kind"),
+    [(fmt, kind) for fmt in ("Q4_0", "Q5_0", "Q8_0") for kind in INT8] + [("IQ4_NL", "lane_chunk"), ("Q6_K", "lane_pair"), ("Q3_K", "lane_pair")],
+)
 @pytest.mark.parametrize("byte", [0x00, 0xFF, 0x80, 0x7F])
-def test_int8_sums_of_extremes_do_not_overflow(byte: int, fmt: str, tile: int) -> None:
-    f, spec = FORMATS[fmt], spec_of(fmt, "lane_row", tile=tile, activations="int8")
+def test_int8_sums_of_extremes_do_not_overflow(byte: int, fmt: str, kind: str, tile: int) -> None:
+    f, spec = FORMATS[fmt], spec_of(fmt, kind, tile=tile, **INT8[kind])
     case = Case(spec, (100,), 256, 5)
-    blocks = np.full((100, 8, f.block_bytes), byte, np.uint8)
-    blocks[::3, :, 2:] ^= 0xFF  # rows of both signs share a word
-    blocks[..., :2] = np.array([1.0], np.float16).view(np.uint8)
+    blocks = np.full((100, 256 // f.block, f.block_bytes), byte, np.uint8)
+    blocks[::3] ^= 0xFF  # rows of both signs share a word
+    at = {"Q3_K": 108, "Q6_K": 208}.get(fmt, 0)
+    blocks[..., at : at + 2] = np.array([1.0], np.float16).view(np.uint8)
     flat = blocks.reshape(100, -1)
-    pack(f, flat, 256, spec.layout, case.buffers["w"].view(np.uint8).reshape(-1))
+    pack(f, flat, 256, spec.layout, case.buffers["w"].view(np.uint8).reshape(-1), case.order)
     case.x = np.where(np.arange(5)[:, None] % 2, 1.0, -1.0) * np.ones(256)
-    case.buffers["x"][:5] = case.x
-    case.y = linear(dequantize(fmt, flat), case.x)
+    case.x_all[:5] = case.x
+    case.weights = dequantize(fmt, flat)
+    case.y = linear(case.weights, case.x)
+    if spec.from_records:
+        case.give_records()
+    else:
+        case.buffers["x"][:5] = case.x
     case.check()
 
 
 def test_int8_activations_hide_no_nan() -> None:
-    case = Case(spec_of("Q4_0", "lane_row", activations="int8"), (40,), 64, 1)
+    case = Case(spec_of("Q4_0", "lane_chunk", activations="int8"), (40,), 64, 1)
     for bad in (np.nan, np.inf):
         case.buffers["x"][0, 40] = bad
         case.buffers["y"] = np.zeros((1, 40), np.float32)
@@ -310,6 +356,9 @@ def check_experts(
     expected[:, 2 : 2 + n_row] = y
     push = {"n_chunk": f.n_chunk(n_col), "n_group": spec.layout.n_group(len(order)), "x_stride": x.shape[1] // 4}
     push |= {"n_token": n, "n_row": n_row, "first_row": 2, "y_stride": n_row + 5, "n_share": n_share, "n_col": n_col, "eps": EPS}
+    if spec.from_records:
+        buffers["x"], _ = records(x[:, :n_col])
+        push |= {"x_stride": n_group(n_col), "n_chunk": coded_of(spec.fmt).n_chunk(n_col)}
     kernel = matmul(spec)
     check_kernel(
         kernel,
@@ -354,7 +403,7 @@ def test_tiles_of_experts(fmt: str, tile: int, fused: dict[str, Any], sizes: tup
 
 @pytest.mark.parametrize("tile", [1, 4])
 def test_experts_with_int8_activations(tile: int) -> None:
-    spec = spec_of("Q4_K", "lane_row", experts=True, activations="int8", tile=tile)
+    spec = spec_of("Q4_K", "lane_pair", experts=True, tile=tile)
     check_experts(spec, 6, 50, 512, 3, 2, x_per_slot=True, max_nmse=5e-5)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import cache
 
 from vkllm_codegen import Block, Buffer, Kernel, Value, f32, f32x4, read, texel, trace, u32, u32x4, write
+from vkllm_codegen.errors import KernelError
 from vkllm_shaders.attention.lane_chunk import lane_chunk
 from vkllm_shaders.attention.lane_row import lane_row
-from vkllm_shaders.attention.result import Result
+from vkllm_shaders.attention.result import Records, Result
 from vkllm_shaders.attention.rows import Rows
 from vkllm_shaders.attention.softmax import Head, with_sink
 from vkllm_shaders.attention.span import Span, lowest_position
@@ -18,8 +19,10 @@ def direct(spec: AttentionSpec) -> Kernel:
     """q f32 [T, n_head * head_dim] → out f32 of the same shape, each row over all that it sees. Dispatch: (1, n_kv_head, T).
 
     Bindings: q (texel f32x4), k, v (lane_row: texel u32x4; lane_chunk: storage), block_table, params, with sinks: sinks
-    (f32 [n_head]), out (storage). k and v are [slots, n_kv_head] rows of cache_row_nbytes bytes.
-    Push: n_token (T of the params buffer), n_kv_head, with windowed: window (0: all positions are seen).
+    (f32 [n_head]), out (storage), with records: record (u32, the same rows in 8 bits: records.py). k and v are
+    [slots, n_kv_head] rows of cache_row_nbytes bytes.
+    Push: n_token (T of the params buffer), n_kv_head, with windowed: window (0: all positions are seen), with records: n_group
+        (groups of a row: n_head * head_dim / 32).
     """
     return _attention(spec, direct=True)
 
@@ -30,6 +33,7 @@ def partial(spec: AttentionSpec) -> Kernel:
     Workgroups that hold nothing a row sees write nothing: n_split may be the recording's fixed maximum. Sinks are left to
     `combine`, and not bound.
     """
+    _without_records(spec)
     return _attention(spec, direct=False)
 
 
@@ -37,7 +41,8 @@ def partial(spec: AttentionSpec) -> Kernel:
 def _attention(spec: AttentionSpec, direct: bool) -> Kernel:
     body, bulk = (lane_row, texel(u32x4)) if spec.schedule == "lane_row" else (lane_chunk, read(u32x4))
     bindings = {"q": texel(f32x4), "k": bulk, "v": bulk, "block_table": texel(u32), "params": read(u32)}
-    bindings |= {"sinks": read(f32)} if spec.sinks and direct else {}
+    bindings |= ({"sinks": read(f32)} if spec.sinks and direct else {}) | {"out": write(f32)}
+    bindings |= {"record": write(u32)} if spec.records else {}
 
     def attention(b: Block, bufs: dict[str, Buffer], push: dict[str, Value]) -> None:
         params, n_token, n_kv_head = bufs["params"], push["n_token"], push["n_kv_head"]
@@ -48,12 +53,14 @@ def _attention(spec: AttentionSpec, direct: bool) -> Kernel:
         rows = Rows(b, spec, bufs["k"], bufs["v"], bufs["block_table"], head, n_kv_head, params[n_token * 4 + row])
         pair = row * n_kv_head + head
         used = span.first < (span.last if spec.windowed else length)
-        result = Result(b, spec, bufs["out"], pair, head, used, direct, bufs.get("sinks"))
+        records = Records(bufs["record"], row, push["n_group"]) if spec.records else None
+        result = Result(b, spec, bufs["out"], pair, head, used, direct, bufs.get("sinks"), records)
         body(b, spec, bufs["q"], rows, result, span)
 
     push = {"n_token": u32, "n_kv_head": u32} | ({"window": u32} if spec.windowed else {})
+    push |= {"n_group": u32} if spec.records else {}
     name = f"attention_{'direct' if direct else 'partial'}_{spec.name}"
-    return trace(name, bindings | {"out": write(f32)}, push, {}, spec.invocations, attention)
+    return trace(name, bindings, push, {}, spec.invocations, attention)
 
 
 @cache
@@ -64,6 +71,7 @@ def combine(spec: AttentionSpec) -> Kernel:
     Push: n_token, n_split (grid of `partial`), n_head, with windowed: window.
     One subgroup a head: lane = dim; a head's splits one after the other, those outside the window left out.
     """
+    _without_records(spec)
     bindings = {"partials": read(f32), "params": read(u32)} | ({"sinks": read(f32)} if spec.sinks else {})
 
     def merge(b: Block, bufs: dict[str, Buffer], push: dict[str, Value]) -> None:
@@ -71,6 +79,11 @@ def combine(spec: AttentionSpec) -> Kernel:
 
     push = {"n_token": u32, "n_split": u32, "n_head": u32} | ({"window": u32} if spec.windowed else {})
     return trace(f"attention_combine_{spec.name}", bindings | {"out": write(f32)}, push, {}, spec.lanes, merge)
+
+
+def _without_records(spec: AttentionSpec) -> None:
+    if spec.records:
+        raise KernelError("attention in splits that writes records", hint="only `direct` writes them: make the others without")
 
 
 def _merge_splits(b: Block, spec: AttentionSpec, bufs: dict[str, Buffer], push: dict[str, Value]) -> None:

@@ -126,10 +126,9 @@ class _Owner:
         lane = self.b.subgroup_lane()
         if self.n_subset > 1:
             values = [self._over_subsets(value) for value in values]
-        for j in range(self.n_chunk):
-            with self.b.when(lane + j * self.spec.lanes < self.spec.chunks):
-                for i in range(CHUNK_DIMS):
-                    result.store(g, self.chunk[j] * CHUNK_DIMS + i, values[CHUNK_DIMS * j + i], total)
+        for j, chunk in enumerate(self.chunk):
+            owned = lane + j * self.spec.lanes < self.spec.chunks
+            result.store_chunk(g, chunk, values[CHUNK_DIMS * j :][:CHUNK_DIMS], total, owned)
 
     def _over_subsets(self, value: Value) -> Value:
         """The sum over the lanes of this lane's chunk."""

@@ -1,17 +1,31 @@
-"""Where the results of a workgroup go: the output itself, or its place in the scratch buffer."""
+"""Where the results of a workgroup go: the output itself, also in 8 bits where asked, or a place in the scratch buffer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vkllm_codegen import Block, Buffer, Value
+from vkllm_codegen import Block, Buffer, Value, f32
+from vkllm_shaders.attention.rows import CHUNK_DIMS
 from vkllm_shaders.attention.softmax import with_sink
 from vkllm_shaders.attention.spec import AttentionSpec
+from vkllm_shaders.records import GROUP, OWN, largest_of, over_lanes, write_record
+
+GROUP_CHUNKS = GROUP // CHUNK_DIMS
+
+
+@dataclass(frozen=True)
+class Records:
+    """The output in 8 bits: of `row`, which has `n_group` groups."""
+
+    buffer: Buffer
+    row: Value
+    n_group: Value
 
 
 @dataclass(frozen=True)
 class Result:
-    """The place of one (row, KV head) `pair`; `used`: it has positions; `sinks`: bound where the spec has them."""
+    """The place of one (row, KV head) `pair`; `used`: it has positions; sinks, records: there where the spec has them."""
 
     b: Block
     spec: AttentionSpec
@@ -21,6 +35,7 @@ class Result:
     used: Value
     direct: bool
     sinks: Buffer | None = None
+    records: Records | None = None
 
     def finish(self, g: Value | int, highest: Value, total: Value) -> Value:
         """The sum of weights to divide by, from head `g`'s largest score (in log2 units) and its positions' sum."""
@@ -30,11 +45,31 @@ class Result:
 
     def store(self, g: Value | int, dim: Value, value: Value, total: Value) -> None:
         """One dim of head `g`; `total`: as `finish` gives it."""
-        if self.direct:
-            share = self.b.select(self.used, value / total, 0.0)
-            self.out[(self.pair * self.spec.group + g) * self.spec.head_dim + dim] = share
-        else:
-            self.out[self._base(g) + 2 + dim] = value
+        self._store(g, dim, self._share(value, total))
+
+    def store_chunk(self, g: Value | int, chunk: Value, values: Sequence[Value], total: Value, owned: Value) -> None:
+        """The 8 dims of a chunk of head `g` where `owned`, which all lanes call: neighbours hold the chunks of a record."""
+        shares = [self._share(value, total) for value in values]
+        with self.b.when(owned):
+            for i, share in enumerate(shares):
+                self._store(g, chunk * CHUNK_DIMS + i, share)
+        if self.records:
+            self._store_records(self.records, g, chunk, shares, owned)
+
+    def _share(self, value: Value, total: Value) -> Value:
+        return self.b.select(self.used, value / total, 0.0) if self.direct else value
+
+    def _store(self, g: Value | int, dim: Value, share: Value) -> None:
+        base = (self.pair * self.spec.group + g) * self.spec.head_dim if self.direct else self._base(g) + 2
+        self.out[base + dim] = share
+
+    def _store_records(self, to: Records, g: Value | int, chunk: Value, shares: Sequence[Value], owned: Value) -> None:
+        largest = over_lanes(self.b, self.b.max, largest_of(self.b, shares), GROUP_CHUNKS).bitcast(f32)
+        group = (self.kv_head * self.spec.group + g) * (self.spec.head_dim // GROUP) + chunk // GROUP_CHUNKS
+        lane = chunk % GROUP_CHUNKS * (CHUNK_DIMS // OWN)
+        with self.b.when(owned):
+            for i in range(0, CHUNK_DIMS, OWN):
+                write_record(self.b, to.buffer, to.row, to.n_group, group, lane + i // OWN, shares[i : i + OWN], largest)
 
     def store_state(self, g: Value | int, highest: Value, total: Value) -> None:
         """The largest score (in log2 units) and the sum of weights of head `g`; nothing when `direct`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vkllm_codegen.errors import KernelError
+from vkllm_shaders.records import GROUP, LANES
 
 Cache = Literal["f16", "q8_0"]
 
@@ -41,7 +42,8 @@ class AttentionSpec:
     many a group of 7 runs 15 % faster on lavapipe, after twice the compile time); subgroups: a workgroup of lane_chunk.
     cache: how K and V are kept; scale: of the scores (None: 1 / sqrt(head_dim)); softcap (0: none): scores become
     softcap * tanh(score / softcap); windowed: the push constant `window` bounds how far back a row sees; sinks: a logit for
-    each head, which takes part in the softmax but has no value.
+    each head, which takes part in the softmax but has no value. records: `direct` also writes its rows in 8 bits (records.py);
+    only in lane_row with 8 lanes, for heads of whole groups.
     """
 
     head_dim: int
@@ -57,6 +59,7 @@ class AttentionSpec:
     softcap: float = 0.0
     windowed: bool = False
     sinks: bool = False
+    records: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim % 8 or self.head_dim <= 0 or self.group <= 0:
@@ -71,6 +74,11 @@ class AttentionSpec:
             )
         if not (self.softcap >= 0.0 and math.isfinite(self.softcap)):
             raise KernelError(f"attention with a softcap of {self.softcap}", hint="expected a positive number, or 0 for none")
+        if self.records and (self.schedule != "lane_row" or self.lanes != LANES or self.head_dim % GROUP):
+            raise KernelError(
+                f"attention that writes records by {self.schedule} of {self.lanes} lanes, heads of {self.head_dim} dims",
+                hint=f"expected lane_row of {LANES} lanes, head_dim a multiple of {GROUP}",
+            )
 
     @property
     def turn(self) -> int:
@@ -100,7 +108,7 @@ class AttentionSpec:
         parts += ["q8"] if self.cache == "q8_0" else []
         parts += [] if self.scale is None else [f"scale{self.scale:.9g}"]
         parts += [f"cap{self.softcap:.9g}"] if self.softcap else []
-        return "_".join(parts + [word for word in ("windowed", "sinks") if getattr(self, word)])
+        return "_".join(parts + [word for word in ("windowed", "sinks", "records") if getattr(self, word)])
 
     @property
     def invocations(self) -> int:

@@ -14,6 +14,7 @@ it without a shift (its power of two goes into the scale), the int8 kernels mult
 Layouts:
 - "lane_row" (lavapipe): texel ((group * n_chunk + chunk) * n_texel + j) * lanes + lane.
   Packed row (group * rows + r) * lanes + lane.
+- "lane_pair" (lavapipe, activations in 8 bits): see coded.py.
 - "lane_chunk" (GPUs; lanes = 1): a group holds its head texels [n_head, n_chunk], then its body texels
   [n_body, n_chunk * steps], so that neighbouring invocations, one a step, read neighbouring texels. Packed row group * rows + r.
 
@@ -22,18 +23,25 @@ Source of the block structures: ggml's quantization formats as gguf.quants dequa
 """
 
 from vkllm_shaders.formats.base import SLOTS, STEP, Format, StepWeights
+from vkllm_shaders.formats.coded import CODED, STEP_COLUMNS, Coded, CodedWeights, code_order, coded_of
 from vkllm_shaders.formats.layout import Layout
 from vkllm_shaders.formats.orders import pack_vector, row_order
 from vkllm_shaders.formats.packing import pack, packed_nbytes, packed_shape
 from vkllm_shaders.formats.table import FORMATS, format_of
 
 __all__ = [
+    "CODED",
     "FORMATS",
     "SLOTS",
     "STEP",
+    "STEP_COLUMNS",
+    "Coded",
+    "CodedWeights",
     "Format",
     "Layout",
     "StepWeights",
+    "code_order",
+    "coded_of",
     "format_of",
     "pack",
     "pack_vector",

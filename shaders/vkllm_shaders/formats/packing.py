@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.formats.base import U16, U32, Format
+from vkllm_shaders.formats.coded import coded_of, pack_codes
 from vkllm_shaders.formats.layout import Layout
 from vkllm_shaders.formats.table import format_of
 from vkllm_shaders.formats.words import split_axis
@@ -21,6 +22,9 @@ SLAB_BYTES = 1 << 18  # of file data packed at a time: small enough to stay in t
 def packed_shape(fmt: str | Format, n_row: int, n_col: int, layout: Layout) -> tuple[int, int, int]:
     """Shape of a packed matrix in texels: (row groups, texels a lane, lanes)."""
     f = format_of(fmt)
+    if layout.kind == "lane_pair":
+        coded = coded_of(f.name)
+        return layout.n_group(n_row), coded.n_chunk(n_col) * coded.n_texel, layout.lanes
     return layout.n_group(n_row), f.n_chunk(n_col) * f.n_texel(layout.rows), layout.lanes
 
 
@@ -62,8 +66,13 @@ def pack(
 
     def work(first: int) -> None:
         last = min(first + slab_groups, groups)
-        rows = _gather(parts, order[first * layout.group_rows : last * layout.group_rows], f, n_col)
-        texels = _pack_slab(f, rows, n_col, layout)
+        wanted = order[first * layout.group_rows : last * layout.group_rows]
+        if layout.kind == "lane_pair":
+            rows = _gather(parts, wanted, f.row_bytes(n_col))
+            texels = pack_codes(coded_of(f.name), rows.reshape(last - first, layout.rows, layout.lanes, -1), n_col)
+        else:
+            whole = f.n_chunk(n_col) * (f.chunk // f.block) * f.block_bytes
+            texels = _pack_slab(f, _gather(parts, wanted, whole), n_col, layout)
         out[first * slab_bytes : last * slab_bytes] = texels.reshape(-1).view(np.uint8)
 
     slabs = range(0, groups, slab_groups)
@@ -75,10 +84,10 @@ def pack(
             work(first)
 
 
-def _gather(parts: Sequence[NDArray[np.uint8]], order: NDArray[np.integer[Any]], f: Format, n_col: int) -> U16:
-    """Rows of the file in packed order, zero-padded to whole chunks: u16 [rows, chunks, units a chunk, words of a unit]."""
-    used, n_chunk = f.row_bytes(n_col), f.n_chunk(n_col)
-    rows = np.zeros((len(order), n_chunk * (f.chunk // f.block) * f.block_bytes), np.uint8)
+def _gather(parts: Sequence[NDArray[np.uint8]], order: NDArray[np.integer[Any]], width: int) -> NDArray[np.uint8]:
+    """Rows of the file in packed order, zero-padded to `width` bytes."""
+    used = parts[0].shape[1]
+    rows = np.zeros((len(order), width), np.uint8)
     start = 0
     for part in parts:
         index = order - start
@@ -90,12 +99,13 @@ def _gather(parts: Sequence[NDArray[np.uint8]], order: NDArray[np.integer[Any]],
             for target, source in zip(at.tolist(), index[at].tolist(), strict=True):
                 rows[target, :used] = part[source]
         start += len(part)
-    return rows.view(np.uint16).reshape(len(order), n_chunk, -1, f.unit_bytes // 2)
+    return rows
 
 
-def _pack_slab(f: Format, rows: U16, n_col: int, layout: Layout) -> U32:
-    """The texels of some whole row groups."""
+def _pack_slab(f: Format, padded: NDArray[np.uint8], n_col: int, layout: Layout) -> U32:
+    """The texels of some whole row groups, from rows of whole chunks."""
     s, r, c = layout.lanes, layout.rows, f.n_chunk(n_col)
+    rows: U16 = padded.view(np.uint16).reshape(len(padded), c, -1, f.unit_bytes // 2)
     g, nh, nb = len(rows) // layout.group_rows, f.n_head(r), f.n_body(r)
     if layout.kind == "lane_row":
         out = np.zeros((g, c, nh + f.steps * nb, s, 4), np.uint32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vkllm_codegen import Block, Buffer, Value, f32, u32
 from vkllm_shaders.formats import SLOTS, Format, StepWeights, format_of
-from vkllm_shaders.matmul.activations import LaneChunkX, LaneRowQuantized, LaneRowX, X
+from vkllm_shaders.matmul.activations import LaneChunkX, LaneRowX, X
 from vkllm_shaders.matmul.epilogue import Finish
 from vkllm_shaders.matmul.spec import NO_SLOT, MatmulSpec
 from vkllm_shaders.sums import added
@@ -26,20 +26,25 @@ class Body:
         self.rows, self.tile = spec.layout.rows, spec.tile
         self.lane = b.subgroup_lane()
         workgroup = b.workgroup_id(0) if workgroup is None else workgroup
-        self.group = workgroup if spec.on_lavapipe else workgroup * spec.subgroups + b.subgroup_id()
+        self.group = workgroup * spec.side_by_side if spec.on_lavapipe else workgroup * spec.subgroups + b.subgroup_id()
         self.first_token = b.workgroup_id(1) * spec.tile
         self.expert_group = self._find_expert() if spec.experts else None
-        self.acc = [[b.var(f32, 0.0) for _ in range(self.rows)] for _ in range(self.tile)]
-        self.squares = [b.var(f32, 0.0) for _ in range(self.tile)] if spec.norm and not spec.quantized else []
+        self.acc = [[b.var(f32, 0.0) for _ in range(self.rows * spec.side_by_side)] for _ in range(self.tile)]
+        self.squares = [b.var(f32, 0.0) for _ in range(self.tile)] if spec.norm and not spec.from_records else []
         # Memory could deliver large weights faster than the loop asks for them: touch the next chunk's cache lines, one a lane.
         # The largest half of a word seen is kept, so that the loads are.
         large = self.fmt.block_bytes >= self.fmt.block
-        self.ahead = b.var(u32, 0) if spec.on_lavapipe and large and self.tile <= 2 else None
-        self.x_start = [self._x_row(t) * self.push["x_stride"] for t in range(self.tile)]
+        self.ahead = b.var(u32, 0) if spec.layout.kind == "lane_row" and large and self.tile <= 2 else None
+        self.x_rows = [self._x_row(t) for t in range(self.tile)]
+        self.x_start = [row * self.push["x_stride"] for row in self.x_rows]
 
     def emit(self) -> None:
-        (self._walk_rows if self.spec.on_lavapipe else self._walk_steps)()
+        self.walk()
         Finish(self).emit()
+
+    def walk(self) -> None:
+        """Add up the products."""
+        (self._walk_rows if self.spec.on_lavapipe else self._walk_steps)()
 
     def _find_expert(self) -> Value:
         """The first row group of the expert's weights. A tile without one has no chunks to walk along, and no rows to write."""
@@ -84,8 +89,7 @@ class Body:
             def step(i: Value | int) -> None:
                 first = base + (i * n_body + n_head) * s
                 weights = StepWeights(f, b, heads.__getitem__, lambda j: w[first + j * s], self.rows, i)
-                x = LaneRowQuantized if self.spec.quantized else LaneRowX
-                self._step(weights, x(self, chunk * (f.chunk // 4), i))
+                self._step(weights, LaneRowX(self, chunk * (f.chunk // 4), i))
 
             if f.steps == 1:
                 step(0)
@@ -199,8 +203,7 @@ class Body:
         f = self.fmt
         for sub in range(f.n_sub):
             slots = range(sub * SLOTS // f.n_sub, (sub + 1) * SLOTS // f.n_sub)
-            in_pairs = f.pairs or self.spec.on_lavapipe
-            sums = self._pair_products(w, x, slots) if in_pairs else self._dot_products(w, x, slots)
+            sums = self._pair_products(w, x, slots) if f.pairs else self._dot_products(w, x, slots)
             for t in range(self.tile):
                 x_scale = x.scale(t, slots[0])
                 x_sum = x.integer_total(t, slots).to(f32) if f.has_minimum else None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from vkllm_codegen import Value, f16, f32
+from vkllm_codegen import Block, Value, f16, f32
 from vkllm_shaders.matmul.spec import NO_SLOT
+from vkllm_shaders.records import GROUP, LANES, OWN, group_squares, norm_factor, write_group
 from vkllm_shaders.sums import at_most, tanh, tree_sum
 
 if TYPE_CHECKING:
@@ -30,17 +31,28 @@ class Finish:
             for t, token in enumerate(values):
                 scale = self._norm(t)
                 values[t] = [v * scale for v in token]
-        if self.spec.on_lavapipe:
-            self._each(values)
-        else:
+        if not self.spec.on_lavapipe:
             self._spread(values)
+        elif self.spec.records:
+            self._with_records(values)
+        else:
+            self._each(values)
 
     def _norm(self, t: int) -> Value:
-        """1 / sqrt(mean(x²) + eps) of a token: from its squares, or as quantize.py left it."""
-        if self.spec.quantized:
-            return self.bufs["norms"][self.b.min(self.body.token(t), self.push["n_token"] - 1)]
+        """1 / sqrt(mean(x²) + eps) of a token: from its squares, gathered here or by who wrote its record."""
+        push = self.push
+        if self.spec.from_records:
+            return norm_factor(
+                self.b,
+                self.bufs["squares"],
+                self.body.x_rows[t],
+                push["squares_stride"],
+                self.body.lane,
+                push["n_col"],
+                push["eps"],
+            )
         squares = self._sum_lanes(self.body.squares[t].get())
-        return self.b.rsqrt(squares / self.push["n_col"].to(f32) + self.push["eps"])
+        return self.b.rsqrt(squares / push["n_col"].to(f32) + push["eps"])
 
     def _sum_lanes(self, v: Value) -> Value:
         if not self.spec.on_lavapipe:
@@ -51,9 +63,53 @@ class Finish:
         """Every lane its own rows."""
         step = 2 if self.spec.paired else 1
         for t, token in enumerate(values):
-            for r in range(0, self.body.rows, step):
-                packed = (self.body.group * self.body.rows + r) * self.spec.layout.lanes + self.body.lane
-                self.one(token[r : r + step], packed, t, r)
+            for r in range(0, len(token), step):
+                self.one(token[r : r + step], self._packed(r), self._row(r), t)
+
+    def _packed(self, r: int) -> Value:
+        """The packed row of one of a lane's rows."""
+        layout = self.spec.layout
+        return ((self.body.group + r // layout.rows) * layout.rows + r % layout.rows) * layout.lanes + self.body.lane
+
+    def _row(self, r: int) -> Value:
+        """The row of y (or the pair, for "qkv") of one of a lane's rows or pairs; the same as row_order tells."""
+        layout, lane, packed = self.spec.layout, self.body.lane, self._packed(r)
+        group, r = self.body.group + r // layout.rows, r % layout.rows
+        if not self.spec.paired:
+            return packed if layout.kind == "lane_row" else group * layout.group_rows + lane * layout.rows + r
+        if layout.kind == "lane_row" or self.spec.epilogue == "qkv":
+            return (group * (layout.rows // 2) + r // 2) * layout.lanes + lane
+        return (group >> 1) * layout.group_rows + lane * layout.rows + ((group & 1) * 2 + r // 2)
+
+    def _with_records(self, values: list[list[Value]]) -> None:
+        """Store y and its record, a lane its four neighbours of each 32 columns."""
+        b, push, spec, lane = self.b, self.push, self.spec, self.body.lane
+        groups = push["n_row"] // GROUP
+        for t, token in enumerate(values):
+            row = self.body.token(t)
+            token = [self._biased([v], self._packed(r))[0] for r, v in enumerate(token)]
+            for first in range(0, len(token), self.body.rows if spec.epilogue == "residual" else 2 * self.body.rows):
+                group = self.body.group + first // self.body.rows
+                if spec.epilogue == "swiglu":
+                    pairs = [token[first + i : first + i + 2] for i in range(0, 2 * self.body.rows, 2)]
+                    own, group = [_swiglu(b, gate, up) for gate, up in pairs], group >> 1
+                else:
+                    own = token[first : first + self.body.rows]
+                with b.when((group < groups) & (row < push["n_token"])):
+                    own = self._scaled(own)
+                    at = row * push["y_stride"] + push["first_row"] + group * GROUP + lane * OWN
+                    if spec.epilogue == "swiglu":
+                        for i, v in enumerate(own):
+                            self.bufs["y"][at + i] = v
+                        write_group(b, self.bufs["y_record"], row, groups, group, lane, own)
+                        continue
+                    whole = self.bufs["y"][at >> 2] + b.vec(*own)
+                    self.bufs["y"][at >> 2] = whole
+                    scaled = whole * self.bufs["y_norm_w"][group * LANES + lane]
+                    write_group(b, self.bufs["y_record"], row, groups, group, lane, [scaled[i] for i in range(OWN)])
+                    squares = group_squares(b, [whole[i] for i in range(OWN)])
+                    with b.when(lane == 0):
+                        self.bufs["y_squares"][row * push["y_squares_stride"] + group] = squares
 
     def _spread(self, values: list[list[Value]]) -> None:
         """All lanes hold all sums: each lane takes one (token, row or pair) and stores it."""
@@ -67,39 +123,24 @@ class Finish:
                 for j, other in enumerate(flat[1:], 1):
                     v = b.select(i == j, other, v)
                 picked.append(v)
-            r = i % (rows // step) * step
-            self.one(picked, self.body.group * rows + r, i // (rows // step), r)
+            packed = self.body.group * rows + i % (rows // step) * step
+            self.one(picked, packed, packed // step, i // (rows // step))
 
-    def one(self, values: list[Value], packed: Value, t: Value | int, r: Value | int) -> None:
+    def one(self, values: list[Value], packed: Value, row: Value, t: Value | int) -> None:
         """Finish one row or pair. `packed`: packed row of the first."""
-        b, lanes = self.b, self.spec.layout.lanes
-        token = self.body.token(t)
-        if not self.spec.paired:
-            row = packed
-        elif lanes == 1:
-            row = packed // 2
-        else:
-            assert isinstance(r, int)
-            row = (self.body.group * (self.body.rows // 2) + r // 2) * lanes + self.body.lane
+        b, token = self.b, self.body.token(t)
         n_row = self.push["n_row"]
         inside = row * 2 < n_row if self.spec.epilogue == "qkv" else row < n_row
         with b.when(inside & (token < self.push["n_token"])):
-            if self.spec.bias:
-                at = packed
-                if self.body.expert_group is not None:
-                    at = at + self.body.expert_group * self.spec.layout.group_rows
-                values = [v + self.bufs["bias"][at + e * lanes] for e, v in enumerate(values)]
+            values = self._biased(values, packed)
             if self.spec.epilogue == "qkv":
                 self._rotate_and_cache(values[0], values[1], row, token)
                 return
             at = token * self.push["y_stride"] + self.push["first_row"] + row
             y = self.bufs["y"]
-            if self.spec.scale != 1.0:
-                values = [v * self.spec.scale for v in values]
-            if self.spec.softcap:
-                values = [tanh(b, v * (1.0 / self.spec.softcap)) * self.spec.softcap for v in values]
+            values = self._scaled(values)
             if self.spec.epilogue == "swiglu":
-                y[at] = values[0] / (b.exp(-values[0]) + 1.0) * values[1]
+                y[at] = _swiglu(b, *values)
             elif self.spec.epilogue == "geglu":
                 gate, up = values
                 inner = (gate * gate * 0.044715 + 1.0) * gate * math.sqrt(2.0 / math.pi)
@@ -111,6 +152,21 @@ class Finish:
                 y[at] = y[at] + values[0]
             else:
                 y[at] = values[0]
+
+    def _biased(self, values: list[Value], packed: Value) -> list[Value]:
+        """Rows that follow one another in a lane, the first packed row given, plus their biases."""
+        if not self.spec.bias:
+            return values
+        if self.body.expert_group is not None:
+            packed = packed + self.body.expert_group * self.spec.layout.group_rows
+        return [v + self.bufs["bias"][packed + e * self.spec.layout.lanes] for e, v in enumerate(values)]
+
+    def _scaled(self, values: list[Value]) -> list[Value]:
+        if self.spec.scale != 1.0:
+            values = [v * self.spec.scale for v in values]
+        if self.spec.softcap:
+            values = [tanh(self.b, v * (1.0 / self.spec.softcap)) * self.spec.softcap for v in values]
+        return values
 
     def _rotate_and_cache(self, a: Value, c: Value, pair: Value, token: Value) -> None:
         """RoPE on a pair of q or k; q is stored, k and v go to the cache."""
@@ -139,3 +195,7 @@ class Finish:
             with b.when(head >= n_head + n_kv):
                 self.bufs["v"][at] = a.to(f16)
                 self.bufs["v"][at + distance] = c.to(f16)
+
+
+def _swiglu(b: Block, gate: Value, up: Value) -> Value:
+    return gate / (b.exp(-gate) + 1.0) * up

@@ -8,8 +8,8 @@ from functools import cache
 from vkllm_codegen import Block, Buffer, Kernel, Value, trace, u32
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.matmul.body import Body
+from vkllm_shaders.matmul.integers import IntegerBody
 from vkllm_shaders.matmul.spec import MatmulSpec, bindings, push_constants
-from vkllm_shaders.quantize import in_sixteenths
 
 
 @cache
@@ -21,17 +21,19 @@ def matmul(spec: MatmulSpec) -> Kernel:
         x       f32x4 texels [row, x_stride]. The row must be zero (not NaN) from n_col to the next multiple of 64 floats: the
                 padding of w is zero too, but NaN times zero is NaN, and sum(x²) counts it.
         norm_w  f32x4 texels [n_col], padded like x: finite there
+        (lane_pair: x is the records of norm_w * x, and `squares` takes the place of norm_w, both as records.py says)
         bias    f32 in packed row order (formats.pack_vector)
-        y       f32 [n_token, y_stride]; "residual" adds to it; or, for "qkv":
+        y       f32 [n_token, y_stride]; "residual" adds to it; with `records` also y_record, of y times y_norm_w (f32x4 texels) in
+                "residual", and there y is f32x4 and y_squares goes with it; or, for "qkv":
         q       f32 [n_token, n_head * head_dim]; k, v: f16 [slots, n_kv_head, head_dim];
         rope    f32x4 texels of f32 [positions, head_dim / 2, 2]
         ids     u32 [n_token]: for experts, the one of each row of y; or, for tiles, u32 [n_tile] the one of each tile, and
         rows    u32 [n_tile, tile]: its rows of y; NO_SLOT for none, in both (anything, where the tile has no expert)
         params  u32 [6, capacity]: for "qkv" (positions, slots) and for gather (output rows)
     Push: n_chunk: chunks a row (Format.n_chunk); n_group: row groups of w; x_stride: texels a row of x; n_token: rows to compute;
-        n_row: rows of y that these weights make ("swiglu": of the gate; "qkv": of the parts together); first_row: y's first of
+        (lane_pair: x_stride is groups a row); n_row: rows of y that these weights make ("swiglu": of the gate; "qkv": of the parts together); first_row: y's first of
         them ("qkv": counted over q, k, v one below the other); n_col and eps: for the norm; capacity: T of params;
-        y_stride: floats a row of y. For experts n_token counts rows of y (tokens times experts used), n_group and n_row are
+        y_stride: floats a row of y; squares_stride, y_squares_stride: texels, and floats, a row of squares. For experts n_token counts rows of y (tokens times experts used), n_group and n_row are
         those of one expert, and row i of y reads row i // n_share of x.
     Nothing is written for rows from n_row and tokens from n_token on; a cache slot of 0xFFFFFFFF is not written.
     """
@@ -39,9 +41,13 @@ def matmul(spec: MatmulSpec) -> Kernel:
     doc = "y[t, row] = epilogue(sum_k weight[row, k] * norm(x)[t, k] + bias[row])"
 
     def body(b: Block, bufs: dict[str, Buffer], push: dict[str, Value]) -> None:
-        Body(b, spec, bufs, push).emit()
+        _body(spec)(b, spec, bufs, push).emit()
 
     return trace(spec.name, bindings(spec), push_constants(spec), {}, local, body, doc)
+
+
+def _body(spec: MatmulSpec) -> type[Body]:
+    return IntegerBody if spec.from_records else Body
 
 
 OWN_BINDINGS, OWN_PUSH = ("w", "bias"), ("n_chunk", "n_group", "n_row", "first_row")
@@ -49,9 +55,8 @@ OWN_BINDINGS, OWN_PUSH = ("w", "bias"), ("n_chunk", "n_group", "n_row", "first_r
 
 
 def alike(first: MatmulSpec, second: MatmulSpec) -> bool:
-    """Can these be a pair? Only the format may differ, and whether there is a bias; x in 8 bits must be grouped alike."""
-    same_x = not first.quantized or in_sixteenths(first.fmt) == in_sixteenths(second.fmt)
-    return same_x and replace(second, fmt=first.fmt, bias=first.bias) == first
+    """Can these be a pair? Only the format may differ, and whether there is a bias."""
+    return replace(second, fmt=first.fmt, bias=first.bias) == first
 
 
 @cache
@@ -70,11 +75,11 @@ def matmul_pair(first: MatmulSpec, second: MatmulSpec) -> Kernel:
 
     def body(b: Block, bufs: dict[str, Buffer], push: dict[str, Value]) -> None:
         with b.when(b.workgroup_id(0) < push["n_first"]):
-            Body(b, first, bufs, push).emit()
+            _body(first)(b, first, bufs, push).emit()
         with b.otherwise():
             other = {name.removesuffix("_2"): buffer for name, buffer in bufs.items() if name.endswith("_2")}
             numbers = {name: push[f"{name}_2"] for name in OWN_PUSH}
-            Body(b, second, bufs | other, push | numbers, b.workgroup_id(0) - push["n_first"]).emit()
+            _body(second)(b, second, bufs | other, push | numbers, b.workgroup_id(0) - push["n_first"]).emit()
 
     return trace(f"{first.name}_and_{second.fmt.lower()}", shared | own, push_names, {}, local, body, "two products of one x")
 

@@ -7,8 +7,7 @@ from typing import Literal
 
 from vkllm_codegen import Binding, DType, f16, f32, f32x4, read, readwrite, texel, u32, u32x4, write
 from vkllm_codegen.errors import KernelError
-from vkllm_shaders.formats import Layout, format_of
-from vkllm_shaders.quantize import SCALE_ROWS
+from vkllm_shaders.formats import Layout, coded_of
 
 NO_SLOT = 0xFFFFFFFF
 ALIGN_COLUMNS = 64  # rows of x are padded with zeros to a multiple of this
@@ -18,9 +17,8 @@ DEFAULT_LAYOUT = Layout()
 Epilogue = Literal["store", "residual", "swiglu", "geglu", "swiglu_oai", "qkv"]
 
 
-def best_tile(n_token: int) -> int:
-    """The tile for so many tokens: larger ones than 4 are no faster on lavapipe (registers) and take longer to compile."""
-    return 1 if n_token <= 1 else 2 if n_token == 2 else 4
+BEST_TILE = {"lane_row": 4, "lane_pair": 8, "lane_chunk": 4}
+"""Tokens of a tile where there are enough: on lavapipe larger ones are no faster (registers) and take longer to compile."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,8 @@ class MatmulSpec:
     activations: "f32" or "int8"; gather: x row i is params[5 T + i]; large: w comes through a texel view, which
     reaches further than a storage buffer (lane_row always does so); experts: w holds several matrices of equal shape, one behind
     the other, and each row of y names the one that it wants (tile > 1: each tile of rows, see experts.tiles);
-    quantized: x comes in 8 bits, see quantize.py;
+    side_by_side: row groups that a workgroup of lane_pair takes together, sharing their x; records: what y becomes is written as
+    records as well, for the next product ("residual", and "swiglu" two groups side by side);
     scale, softcap (0: none): of the product, before it is stored or added: softcap * tanh(y * scale / softcap);
     rope_pairing, head_dim: for "qkv";
     subgroup, subgroups: size and number of subgroups a workgroup of lane_chunk (lane_row: layout.lanes, one).
@@ -47,7 +46,8 @@ class MatmulSpec:
     gather: bool = False
     large: bool = False
     experts: bool = False
-    quantized: bool = False
+    side_by_side: int = 1
+    records: bool = False
     scale: float = 1.0
     softcap: float = 0.0
     rope_pairing: str = "interleaved"
@@ -62,12 +62,20 @@ class MatmulSpec:
             raise KernelError(
                 f"experts with gather {self.gather}, {self.epilogue}", hint="expected no gather, and an epilogue that stores"
             )
-        plain = self.activations == "int8" and self.on_lavapipe and self.tile <= SCALE_ROWS and format_of(self.fmt).n_sub
-        if self.quantized and (not plain or self.gather or self.experts):
+        if self.layout.kind == "lane_pair":
+            coded_of(self.fmt)  # raises where there are no codes
+        if (self.activations == "int8") != (self.layout.kind == "lane_pair") and self.layout.kind != "lane_chunk":
             raise KernelError(
-                f"quantized x with {self.fmt}, {self.layout.kind}, tile {self.tile}, {self.activations}",
-                hint=f"expected lane_row, int8, a type of blocks, a tile up to {SCALE_ROWS}, no gather or experts",
+                f"{self.activations} activations in {self.layout.kind}", hint="lane_pair is for int8, lane_row for f32"
             )
+        together = {"residual": (1, 2), "swiglu": (2,)}.get(self.epilogue, ())
+        if (self.side_by_side != 1 and self.layout.kind != "lane_pair") or (self.records and self.side_by_side not in together):
+            raise KernelError(
+                f"{self.side_by_side} row groups side by side, {self.epilogue}{', records' * self.records}",
+                hint="expected lane_pair; records come from residual, or from swiglu with two",
+            )
+        if self.records and self.experts:
+            raise KernelError("records of experts", hint="expected a dispatch of to_records behind them")
         if self.epilogue == "qkv" and (self.head_dim < 4 or self.head_dim % 4):
             raise KernelError(f"qkv with head_dim {self.head_dim}", hint="expected a multiple of 4")
 
@@ -83,7 +91,17 @@ class MatmulSpec:
 
     @property
     def on_lavapipe(self) -> bool:
-        return self.layout.kind == "lane_row"
+        return self.layout.kind != "lane_chunk"
+
+    @property
+    def from_records(self) -> bool:
+        """Does x come in 8 bits (records.py)?"""
+        return self.layout.kind == "lane_pair"
+
+    @property
+    def picks_rows(self) -> bool:
+        """Are the rows of x named by a buffer?"""
+        return self.gather or self.experts
 
     @property
     def lanes(self) -> int:
@@ -94,8 +112,9 @@ class MatmulSpec:
     def name(self) -> str:
         parts = ["matmul", self.fmt.lower(), self.layout.kind, f"s{self.lanes}", f"r{self.layout.rows}", f"t{self.tile}"]
         parts += [] if self.on_lavapipe else [f"n{self.subgroups}"]
-        parts += [word for word in ("norm", "bias", "gather", "large", "experts", "quantized") if getattr(self, word)]
+        parts += [word for word in ("norm", "bias", "gather", "large", "experts", "records") if getattr(self, word)]
         parts += [self.epilogue] + ([f"{self.rope_pairing}{self.head_dim}"] if self.epilogue == "qkv" else [])
+        parts += [f"g{self.side_by_side}"] if self.side_by_side > 1 else []
         parts += [f"scale{self.scale:.9g}"] if self.scale != 1.0 else []
         parts += [f"cap{self.softcap:.9g}"] if self.softcap else []
         return "_".join(parts + (["int8"] if self.activations == "int8" else []))
@@ -104,32 +123,37 @@ class MatmulSpec:
         """Workgroups of a dispatch. `n_packed_row`: the length of the row order (of one expert); `n_token`: rows of y, or of
         all tiles where experts.tiles made them."""
         n_group = self.layout.n_group(n_packed_row)
-        return (n_group if self.on_lavapipe else -(-n_group // self.subgroups)), -(-n_token // self.tile), 1
+        together = self.side_by_side if self.on_lavapipe else self.subgroups
+        return -(-n_group // together), -(-n_token // self.tile), 1
 
 
 def push_constants(spec: MatmulSpec) -> dict[str, DType]:
     """See `matmul`."""
     names = ["n_chunk", "n_group", "x_stride", "n_token", "n_row", "first_row"]
-    in_loop = spec.norm and not spec.quantized
-    names += ["n_col"] if in_loop else []
+    names += ["n_col"] if spec.norm else []
+    names += ["squares_stride"] if spec.norm and spec.from_records else []
+    names += ["y_squares_stride"] if spec.records and spec.epilogue == "residual" else []
     names += ["n_share"] if spec.experts else []
     names += ["capacity"] if spec.gather or spec.epilogue == "qkv" else []
     names += ["n_head", "n_kv_head"] if spec.epilogue == "qkv" else ["y_stride"]
-    return dict.fromkeys(names, u32) | ({"eps": f32} if in_loop else {})
+    return dict.fromkeys(names, u32) | ({"eps": f32} if spec.norm else {})
 
 
 def bindings(spec: MatmulSpec) -> dict[str, Binding]:
     bulk = texel if spec.on_lavapipe else read
     found: dict[str, Binding] = {"w": (texel if spec.large else bulk)(u32x4), "x": bulk(f32x4)}
-    if spec.quantized:
-        found |= {"x": texel(u32x4), "scales": texel(f32x4)} | ({"norms": read(f32)} if spec.norm else {})
+    if spec.from_records:
+        found |= {"x": texel(u32x4)} | ({"squares": texel(f32x4)} if spec.norm else {})
     elif spec.norm:
         found |= {"norm_w": bulk(f32x4)}
     found |= {"bias": read(f32)} if spec.bias else {}
     if spec.epilogue == "qkv":
         found |= {"q": write(f32), "k": write(f16), "v": write(f16), "rope": bulk(f32x4), "params": read(u32)}
     else:
-        found |= {"y": readwrite(f32) if spec.epilogue == "residual" else write(f32)}
+        number = f32x4 if spec.records and spec.epilogue == "residual" else f32
+        found |= {"y": readwrite(number) if spec.epilogue == "residual" else write(number)}
+        found |= {"y_record": write(u32)} if spec.records else {}
+        found |= {"y_norm_w": texel(f32x4), "y_squares": write(f32)} if spec.records and spec.epilogue == "residual" else {}
         found |= {"params": read(u32)} if spec.gather else {}
         found |= {"ids": read(u32)} if spec.experts else {}
         found |= {"rows": read(u32)} if spec.in_tiles else {}

@@ -1,0 +1,338 @@
+"""Weights as whole numbers ("codes") for integer products: layout "lane_pair", two rows in the halves of a word.
+
+Made for lavapipe, where a loop must be short to stay in the instruction cache: a step is only 32 weights of each of a lane's
+four rows. A chunk of `steps` steps has head words, then for each step body words: the codes of both pairs of rows, word by word
+in turn, then the tail. What is not said otherwise about words and texels is as in the other layouts.
+
+Codes. A half holds as many whole codes as fit, the first in the lowest bits; 6-bit codes lie eight in three words. Lane l of a
+group multiplies its weights with x in an order of its own, so that exchanges in pairs bring every lane the x that it needs: code
+(q, j) is column 4 * (l ^ j) + q of the step. They follow one another by q, then j; where 16 weights share a scale, those with
+j < 4 come first: of lanes 0 to 3 they are the first 16 columns, of lanes 4 to 7 the last, and the scales are packed to match.
+
+weight = scale * (code - zero) - minimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vkllm_codegen import Block, Value, f32, i32
+from vkllm_codegen.errors import KernelError
+from vkllm_shaders.formats.codes import BLOCKS, Unpacked
+from vkllm_shaders.formats.words import split_axis
+
+STEP_COLUMNS = 32
+PAIR_ROWS = 4  # rows of a lane: two pairs
+PAIR_LANES = 8
+Load = Callable[[int], Value]
+Kept = TypeVar("Kept")
+U8 = NDArray[np.uint8]
+U32 = NDArray[np.uint32]
+
+
+def code_order(group: int) -> list[tuple[int, int]]:
+    """(q, j) of each code of a step, `group` of them sharing a scale."""
+    return [(q, j) for half in range(STEP_COLUMNS // group) for q in range(4) for j in _exchanges(group, half)]
+
+
+def _exchanges(group: int, half: int) -> range:
+    n = PAIR_LANES * group // STEP_COLUMNS
+    return range(half * n, half * n + n)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """One ggml type as codes. `group`: weights that share a scale; `steps` a chunk.
+
+    scales: "tail" (an f16 a row and step, in the body), "head" (the same for both steps of a chunk, in the head; with `minimum`
+    they are followed by the minimums), or of K-quants "bytes" (d and minimum as f16 in the head, times 8 bits a group there) and
+    "tail_bytes" (those 8 bits in the body); `signed` bytes, or with `nibbles` scale and minimum in one.
+    """
+
+    name: str
+    bits: int
+    zero: int
+    group: int = 32
+    steps: int = 2
+    minimum: bool = False
+    scales: str = "head"
+    signed: bool = False
+    nibbles: bool = False
+
+    @property
+    def chunk(self) -> int:
+        """Columns of a chunk."""
+        return self.steps * STEP_COLUMNS
+
+    @property
+    def n_sub(self) -> int:
+        """Scales a row and step."""
+        return STEP_COLUMNS // self.group
+
+    @property
+    def pair_words(self) -> int:
+        """Words of a pair's codes in a step."""
+        return 12 if self.bits == 6 else -(-STEP_COLUMNS // (16 // self.bits))
+
+    @property
+    def n_tail(self) -> int:
+        return 2 if self.scales.startswith("tail") else 0
+
+    @property
+    def n_head(self) -> int:
+        """Head texels a chunk."""
+        if self.scales == "head":
+            return self.steps // 2 * (1 + self.minimum)
+        return {"tail": 0, "tail_bytes": 1, "bytes": 5}[self.scales]
+
+    @property
+    def n_body(self) -> int:
+        """Texels a step."""
+        return -(-(2 * self.pair_words + self.n_tail) // 4)
+
+    @property
+    def n_texel(self) -> int:
+        """Texels a lane and chunk."""
+        return self.n_head + self.steps * self.n_body
+
+    def n_chunk(self, n_col: int) -> int:
+        """Chunks of a row. Steps that lie wholly past its end hold zeros and need not be walked."""
+        return -(-n_col // self.chunk)
+
+    @property
+    def limit(self) -> int:
+        """Codes, counted from the middle of their range, whose products with 8 bits add up within 16."""
+        return min(self.group, 32767 // (127 << (self.bits - 1)))
+
+
+CODED: dict[str, Coded] = {
+    c.name: c
+    for c in (
+        Coded("Q4_0", 4, 8),
+        Coded("Q4_1", 4, 0, minimum=True),
+        Coded("Q5_0", 5, 16, steps=1, scales="tail"),
+        Coded("Q5_1", 5, 0, minimum=True),
+        Coded("Q8_0", 8, 128),
+        Coded("Q2_K", 2, 0, 16, steps=8, minimum=True, scales="bytes", nibbles=True),
+        Coded("Q3_K", 3, 4, 16, steps=8, scales="bytes", signed=True),
+        Coded("Q4_K", 4, 0, steps=8, minimum=True, scales="bytes"),
+        Coded("Q5_K", 5, 0, steps=8, minimum=True, scales="tail_bytes"),
+        Coded("Q6_K", 6, 32, 16, steps=8, scales="bytes", signed=True),
+    )
+}
+
+
+def coded_of(fmt: str) -> Coded:
+    """The codes of a ggml type. Raises: KernelError: it has none."""
+    if fmt not in CODED:
+        raise KernelError(f"{fmt} has no integer products", hint=f"expected one of {', '.join(CODED)}")
+    return CODED[fmt]
+
+
+class CodedWeights:
+    """The weights of one step in a kernel. Values are made when asked for and kept, so ask in the order of use."""
+
+    def __init__(self, coded: Coded, b: Block, head: Load, body: Load, step: Value | int) -> None:
+        self.coded, self.b, self.step = coded, b, step
+        self._head, self._body = head, body
+        self._kept: dict[Any, Any] = {}
+
+    def keep(self, key: Any, make: Callable[[], Kept]) -> Kept:
+        """`make()`, once for each key."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        kept: Kept = self._kept[key]
+        return kept
+
+    def body(self, word: int) -> Value:
+        return self.keep(("body", word // 4), lambda: self._body(word // 4))[word % 4]
+
+    def head(self, word: int) -> Value:
+        return self.keep(("head", word // 4), lambda: self._head(word // 4))[word % 4]
+
+    def both(self, pair: int, index: int) -> Value:
+        """i32: code `index` of row 2 * pair in the lower 16 bits, of row 2 * pair + 1 in the upper."""
+        bits = self.coded.bits
+        if bits == 6:
+            return self._six(pair, index).bitcast(i32)
+        per_word = 16 // bits
+        word, shift = self.body(index // per_word * 2 + pair), index % per_word * bits
+        return ((word >> shift if shift else word) & (((1 << bits) - 1) * 0x10001)).bitcast(i32)
+
+    def _six(self, pair: int, index: int) -> Value:
+        """Two whole codes in each of three words, A, B, C; the others have four bits in A or B and two in C."""
+        triple, i = index // 8 * 3, index % 8
+
+        def word(k: int) -> Value:
+            return self.body((triple + k) * 2 + pair)
+
+        if i < 6:
+            return (word(i // 2) >> 6 if i % 2 else word(i // 2)) & 0x003F003F
+        return ((word(i - 6) >> 12) & 0x000F000F) | ((word(2) >> (8 if i == 6 else 10)) & 0x00300030)
+
+    def scale(self, r: int, sub: int) -> Value:
+        """f32, of a row."""
+        if not self.coded.scales.endswith("bytes"):
+            return self._half(0, r)
+        return self._factor(r, 0) * self._byte(r, sub, 0)
+
+    def minimum(self, r: int, sub: int) -> Value:
+        """f32, of a row; only where there are minimums. Q4_1 and Q5_1 keep what they add."""
+        if not self.coded.scales.endswith("bytes"):
+            return -self._half(4, r)
+        return self._factor(r, 1) * self._byte(r, sub, 1)
+
+    def _half(self, first: int, r: int) -> Value:
+        """The f16 of a row and this step, from head word `first` on or from the tail."""
+
+        def pair() -> Value:
+            if self.coded.scales == "tail":
+                return self.b.unpack_half2x16(self.body(2 * self.coded.pair_words + r // 2))
+            early, late = self.head(first + r // 2), self.head(first + 2 + r // 2)
+            return self.b.unpack_half2x16(self._choose([early, late], 1))
+
+        return self.keep(("half", first, r // 2), pair)[r % 2]
+
+    def _choose(self, words: list[Value], steps: int) -> Value:
+        """Of words for `steps` steps each, this step's."""
+        if isinstance(self.step, int):
+            return words[self.step // steps]
+        chosen, step = words[-1], self.step
+        for i in range(len(words) - 1, 0, -1):
+            before = self.keep(("before", i * steps), lambda end=i * steps: step < end)  # type: ignore[misc]
+            chosen = self.b.select(before, words[i - 1], chosen)
+        return chosen
+
+    def _factor(self, r: int, which: int) -> Value:
+        """d (0) or the minimums' (1) of a row."""
+        word, i = (r, which) if self.coded.minimum else (r // 2, r % 2)
+        return self.keep(("factors", word), lambda: self.b.unpack_half2x16(self.head(word)))[i]
+
+    def _byte(self, r: int, sub: int, which: int) -> Value:
+        """f32: the 8 bits of a row's group: its scale (0) or its minimum (1)."""
+        c = self.coded
+        if c.scales == "tail_bytes":
+            return ((self.body(2 * c.pair_words + which) >> 8 * r) & 0xFF).bitcast(i32).to(f32)
+        if c.group == 32:  # four steps a word, scales and minimums in turn
+            words = [self.head(4 + half * 8 + r * 2 + which) for half in range(2)]
+            chosen = self.keep(("bytes", r, which), lambda: self._choose(words, 4) >> (self.step & 3) * 8)
+            return (chosen & 0xFF).bitcast(i32).to(f32)
+        first = 4 if c.minimum else 2  # two steps a word
+        words = [self.head(first + r * 4 + i) for i in range(4)]
+        chosen = self.keep(("bytes", r), lambda: self._choose(words, 2) >> (self.step & 1) * 16)
+        if c.nibbles:
+            return ((chosen >> (8 * sub + 4 * which)) & 0xF).bitcast(i32).to(f32)
+        return ((chosen << (24 - 8 * sub)).bitcast(i32) >> 24).to(f32)
+
+
+# What the packer writes.
+
+
+def pack_codes(coded: Coded, rows: U8, n_col: int) -> U32:
+    """The texels of some whole groups: u8 [group, row, lane, row_bytes] as in the file → u32 [group, chunk, texel, lane, 4]."""
+    g, r, s = rows.shape[:3]
+    found = BLOCKS[coded.name](rows.reshape(g * r * s, -1))
+    n_chunk = coded.n_chunk(n_col)
+    codes = np.zeros((g, r, s, n_chunk * coded.steps, STEP_COLUMNS), np.uint8)
+    codes[..., : -(-n_col // STEP_COLUMNS), :] = found.codes.reshape(g, r, s, -1, STEP_COLUMNS)
+    out = np.zeros((g, n_chunk, coded.n_texel * 4, s), np.uint32)
+    head = out[:, :, : coded.n_head * 4]
+    body = split_axis(out[:, :, coded.n_head * 4 :], 2, (coded.steps, coded.n_body * 4))
+    words = split_axis(_words(coded, codes), 3, (n_chunk, coded.steps))  # [group, pair, lane, chunk, step, word]
+    for pair in range(2):
+        body[..., pair : 2 * coded.pair_words : 2, :] = words[:, pair].transpose(0, 2, 3, 4, 1)
+    _put_scales(coded, found, (g, r, s), head, body)
+    return np.ascontiguousarray(out.reshape(g, n_chunk, coded.n_texel, 4, s).swapaxes(3, 4))
+
+
+def _words(coded: Coded, codes: U8) -> U32:
+    """codes [group, row, lane, step, column] → u32 [group, pair, lane, step, word]."""
+    quads = codes.view(np.uint32)  # [.., 8]: columns 4 m … 4 m + 3
+    ordered = np.empty_like(quads)
+    for lane in range(PAIR_LANES):
+        ordered[:, :, lane] = quads[:, :, lane][..., np.arange(PAIR_LANES) ^ lane]
+    by_j = ordered.view(np.uint8).reshape(*codes.shape[:4], PAIR_LANES, 4)
+    runs = by_j.reshape(*codes.shape[:4], STEP_COLUMNS // coded.group, -1, 4)  # of those that share a scale
+    halves = _halves(coded, runs.swapaxes(-1, -2).reshape(*codes.shape))
+    return _rows_together(halves)
+
+
+def _rows_together(halves: NDArray[np.uint16]) -> U32:
+    """u16 [group, row, …] → u32 [group, pair, …]."""
+    words: U32 = halves[:, 1::2].astype(np.uint32) << np.uint32(16)
+    words |= halves[:, 0::2]
+    return words
+
+
+def _halves(coded: Coded, fields: U8) -> NDArray[np.uint16]:
+    """codes [.., 32] in their order → u16 [.., pair_words]."""
+    if coded.bits == 6:
+        c = fields.reshape(*fields.shape[:-1], 4, 8).astype(np.uint16)
+        a = c[..., 0] | c[..., 1] << 6 | (c[..., 6] & 15) << 12
+        b = c[..., 2] | c[..., 3] << 6 | (c[..., 7] & 15) << 12
+        third = c[..., 4] | c[..., 5] << 6 | (c[..., 6] >> 4) << 12 | (c[..., 7] >> 4) << 14
+        return np.stack([a, b, third], axis=-1).reshape(*fields.shape[:-1], 12)
+    per_word = 16 // coded.bits
+    out = np.zeros((*fields.shape[:-1], coded.pair_words), np.uint16)
+    for i in range(per_word):
+        part = fields[..., i::per_word].astype(np.uint16)
+        out[..., : part.shape[-1]] |= part << np.uint16(i * coded.bits)
+    return out
+
+
+def _put_scales(coded: Coded, found: Unpacked, shape: tuple[int, ...], head: U32, body: U32) -> None:
+    """head [group, chunk, word, lane], body [group, chunk, step, word, lane]; `shape`: (groups, rows, lanes)."""
+    n_chunk, tail = head.shape[1], 2 * coded.pair_words
+
+    def per_row(values: Any, n: int) -> Any:
+        """[row, block, …] → [group, row, lane, n blocks (zeros after those there are), …]."""
+        out = np.zeros((len(values), n, *values.shape[2:]), values.dtype)
+        out[:, : values.shape[1]] = values
+        return out.reshape(*shape, n, *values.shape[2:])
+
+    def pairs(values: Any) -> Any:
+        """f16 bits [row, block] → words [group, chunk, block of it, pair, lane]."""
+        halves = per_row(values, n_chunk * (coded.steps if coded.chunk == 32 or coded.scales == "head" else 1))
+        words = _rows_together(halves)
+        return words.reshape(*words.shape[:3], n_chunk, -1).transpose(0, 3, 4, 1, 2)
+
+    if coded.scales == "tail":
+        body[..., tail : tail + 2, :] = pairs(found.d)
+    elif coded.scales == "head":
+        for first, values in enumerate((found.d, found.minimum)[: 1 + coded.minimum]):
+            assert values is not None
+            split_axis(head[:, :, 4 * first : 4 * first + 4], 2, (2, 2))[...] = pairs(values)
+    elif found.minimum is None:
+        head[:, :, :2] = pairs(found.d)[:, :, 0]
+    else:
+        both = found.d.astype(np.uint32) | found.minimum.astype(np.uint32) << 16
+        head[:, :, :4] = per_row(both, n_chunk).transpose(0, 3, 1, 2)
+    if found.scales is None:
+        return
+
+    # The K-quants' 8 bits a group.
+    scales = per_row(found.scales, n_chunk)  # [group, row, lane, chunk, 8 or 16]
+    if coded.group == 16:
+        by_step = split_axis(scales, 4, (8, 2))
+        by_step[:, :, 4:] = by_step[:, :, 4:, ..., ::-1].copy()
+        split_axis(head[:, :, 4 if coded.minimum else 2 :][:, :, :16], 2, (4, 4))[...] = _as_words(scales).transpose(
+            0, 3, 1, 4, 2
+        )
+        return
+    assert found.minimums is not None
+    for which, values in enumerate((scales, per_row(found.minimums, n_chunk))):
+        if coded.scales == "tail_bytes":
+            body[..., tail + which, :] = _as_words(values.transpose(0, 3, 4, 2, 1))[..., 0]  # a byte a row
+        else:
+            places = split_axis(head[:, :, 4:20], 2, (2, 4, 2))[..., which, :]  # [group, chunk, half, row, lane]
+            places[...] = _as_words(values).transpose(0, 3, 4, 1, 2)
+
+
+def _as_words(values: U8) -> U32:
+    """[.., 4 n] → [.., n]."""
+    return np.ascontiguousarray(values).view(np.uint32)

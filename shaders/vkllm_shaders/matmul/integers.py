@@ -1,0 +1,158 @@
+"""Products of codes with x in 8 bits, for lavapipe: two rows in the halves of a word, one multiplication for both.
+
+p = high * 2**16 + low is a sum of products of both rows; it is read off before low leaves 16 bits. Codes are counted from the
+middle of their range, where they stay small longest.
+"""
+
+from __future__ import annotations
+
+import operator
+
+from vkllm_codegen import Block, Buffer, Value, f32, i32
+from vkllm_shaders.formats import Coded, CodedWeights, code_order, coded_of
+from vkllm_shaders.matmul.body import Body
+from vkllm_shaders.matmul.spec import MatmulSpec
+from vkllm_shaders.records import LANES, over_lanes
+from vkllm_shaders.sums import added, tree_sum
+
+CENTER_TOKENS = 4  # from so many on it is cheaper to take the middle from each code than from each sum
+
+
+class IntegerBody(Body):
+    """The tracing of one kernel of layout "lane_pair". Lists of rows count over the row groups, one after the other."""
+
+    def __init__(
+        self, b: Block, spec: MatmulSpec, bufs: dict[str, Buffer], push: dict[str, Value], workgroup: Value | None = None
+    ) -> None:
+        super().__init__(b, spec, bufs, push, workgroup)
+        self.coded: Coded = coded_of(spec.fmt)
+
+    def walk(self) -> None:
+        b, c, push = self.b, self.coded, self.push
+        last = push["n_group"] - 1
+        starts = [self.of_expert(b.min(self.group + i, last)) * push["n_chunk"] for i in range(self.spec.side_by_side)]
+        n_group = push["x_stride"]
+        with b.range(0, push["n_chunk"]) as chunk:
+            bases = [(start + chunk) * (c.n_texel * LANES) + self.lane for start in starts]
+            heads = [[self.bufs["w"][base + j * LANES] for j in range(c.n_head)] for base in bases]
+
+            def step(i: Value | int, group: Value) -> None:
+                weights = [self._weights(head, base, i) for head, base in zip(heads, bases, strict=True)]
+                self._multiply(weights, Records(self, group))
+
+            if c.steps == 1:
+                step(0, chunk)
+            else:
+                first = chunk * c.steps
+                with b.range(0, b.min(n_group - first, c.steps)) as i:
+                    step(i, first + i)
+
+    def _weights(self, head: list[Value], base: Value, step: Value | int) -> CodedWeights:
+        c, w = self.coded, self.bufs["w"]
+        body = base + (step * c.n_body + c.n_head) * LANES
+        return CodedWeights(c, self.b, head.__getitem__, lambda j: w[body + j * LANES], step)
+
+    def _multiply(self, weights: list[CodedWeights], x: Records) -> None:
+        """One step: for every scale of it, whole numbers, then floats."""
+        c, n_row = self.coded, self.rows * len(weights)
+        order = code_order(c.group)
+        for sub in range(c.n_sub):
+            codes = range(sub * c.group, (sub + 1) * c.group)
+            sums = self._sums(weights, x, order, codes)
+            for t in range(self.tile):
+                total = x.total(t, order, codes) if c.minimum or self._rest else None
+                for r in range(n_row):
+                    w, own = weights[r // self.rows], r % self.rows
+                    self.acc[t][r].add(self._of_group(w, own, sub, sums[t][r], total, x.scale(t)))
+
+    @property
+    def _rest(self) -> int:
+        """What the middle of the codes' range stands for, beyond the zero point."""
+        return (1 << (self.coded.bits - 1)) - self.coded.zero
+
+    def _of_group(self, w: CodedWeights, r: int, sub: int, whole: Value, total: Value | None, x_scale: Value) -> Value:
+        if total is None:
+            return whole.to(f32) * (w.scale(r, sub) * x_scale)
+        # scale * (whole + rest * total) - minimum * total
+        per_total = w.keep(("per total", r, sub), lambda: self._per_total(w, r, sub))
+        return (whole.to(f32) * w.scale(r, sub) + total.to(f32) * per_total) * x_scale
+
+    def _per_total(self, w: CodedWeights, r: int, sub: int) -> Value:
+        rest = w.scale(r, sub) * float(self._rest)
+        return rest - w.minimum(r, sub) if self.coded.minimum else rest
+
+    def _sums(self, weights: list[CodedWeights], x: Records, order: list[tuple[int, int]], codes: range) -> list[list[Value]]:
+        """i32 [token][row]: sums over `codes` of centered code times x."""
+        c, middle = self.coded, (1 << (self.coded.bits - 1)) * 0x10001
+        center = self.tile >= CENTER_TOKENS or c.limit < LANES
+        pairs = [(w, pair) for w in weights for pair in range(self.rows // 2)]
+        words: list[list[Value]] = [[] for _ in range(self.tile)]
+        highs: list[list[Value]] = [[] for _ in range(self.tile)]
+        parts = [codes[i : i + c.limit] for i in range(0, len(codes), c.limit)]
+        for part in parts:
+            packed: list[list[Value]] = [[] for _ in range(self.tile)]
+            for index in part:
+                both = [w.both(pair, index) for w, pair in pairs]
+                both = [v - middle for v in both] if center else both
+                for t in range(self.tile):
+                    xs = x.integer(t, *order[index])
+                    packed[t] = added(packed[t], [v * xs for v in both])
+            for t in range(self.tile):
+                # Half a unit of the high sum more, so that a negative low sum borrows nothing from it.
+                more = [0x8000] if center else [0x8000 - x.total(t, order, part) * middle]
+                packed[t] = [p + more[0] for p in packed[t]]
+                highs[t] = added(highs[t], [p >> 16 for p in packed[t]])
+                words[t] = added(words[t], packed[t])
+        sums = []
+        for both, high in zip(words, highs, strict=True):
+            lows = [p - 0x8000 * len(parts) - (h << 16) for p, h in zip(both, high, strict=True)]
+            sums.append([v for pair in zip(lows, high, strict=True) for v in pair])
+        return sums
+
+
+class Records:
+    """The x of one step for every token of the tile, as records.py lays it out."""
+
+    def __init__(self, body: IntegerBody, group: Value) -> None:
+        self.b, self.body, spec = body.b, body, body.spec
+        n_group, x = body.push["x_stride"], body.bufs["x"]
+        self.words: list[tuple[Value, Value]] = []  # of each token: four bytes, the scale
+
+        def load(row: Value) -> Value:
+            return x[((row >> 1) * n_group + group) * LANES + body.lane]
+
+        if spec.tile > 1 and not spec.picks_rows:
+            for t in range(0, spec.tile, 2):
+                texel = load(self.b.min(body.first_token + t, body.push["n_token"] - 1))
+                self.words += [(texel[0], texel[1]), (texel[2], texel[3])]
+        else:
+            for row in body.x_rows:
+                texel, odd = load(row), (row & 1) == 1
+                self.words.append((self.b.select(odd, texel[2], texel[0]), self.b.select(odd, texel[3], texel[1])))
+        self._own: dict[tuple[int, int], Value] = {}
+        self._totals: dict[tuple[int, range], Value] = {}
+
+    def own(self, t: int, q: int) -> Value:
+        """i32: this lane's column 4 * lane + q."""
+        if (t, q) not in self._own:
+            bits = self.words[t][0].bitcast(i32)
+            self._own[t, q] = (bits << (24 - 8 * q) if q < 3 else bits) >> 24
+        return self._own[t, q]
+
+    def integer(self, t: int, q: int, j: int) -> Value:
+        """i32: column 4 * (lane ^ j) + q."""
+        return self.b.subgroup_shuffle_xor(self.own(t, q), j) if j else self.own(t, q)
+
+    def scale(self, t: int) -> Value:
+        return self.words[t][1].bitcast(f32)
+
+    def total(self, t: int, order: list[tuple[int, int]], codes: range) -> Value:
+        """i32: the sum over some codes' columns; for each q, whole aligned runs of lanes."""
+        if (t, codes) not in self._totals:
+            js = {order[i][1] for i in codes}
+            qs = sorted({order[i][0] for i in codes})
+            assert len(codes) == len(js) * len(qs)
+            mine = tree_sum([self.own(t, q) for q in qs])
+            run = over_lanes(self.b, operator.add, mine, len(js))
+            self._totals[t, codes] = self.b.subgroup_shuffle_xor(run, min(js)) if min(js) else run
+        return self._totals[t, codes]
