@@ -35,11 +35,12 @@ from vkllm.files import open_model, resolve_model
 from vkllm.hub import store
 from vkllm.profile import Profile, profile, summary
 from vkllm.vk import Device, open_device
-from vkllm_shaders.formats import FORMATS, Layout
-from vkllm_shaders.matmul import MatmulSpec
+from vkllm_shaders.formats import CODED, Layout
+from vkllm_shaders.matmul import BEST_TILE, MatmulSpec
+from vkllm_shaders.records import LANES
 
 FORMATS_OF_LIST = ("Q4_K", "Q5_0", "Q6_K", "Q8_0", "F16")
-TILES = {1: 1, 4: 64}  # tokens a workgroup: tokens of the dispatch
+TOKENS = (1, 64)  # of a dispatch: decode and prefill
 BIG = (("Q4_K", "Q5_K", "Q6_K"), (4864, 1024), (4864, 896))  # K-quants need whole blocks of 256
 LEAST_DEPTH = 64
 
@@ -57,16 +58,23 @@ def tell(text: str) -> None:
 def standard_kernels(device: Device, repeat: int) -> list[dict[str, Any]]:
     """Matrix kernels by format, on weights that no cache holds: decode (1 token) and prefill (64)."""
     cpu, lanes = device.info.kind == "cpu", device.limits.subgroup_size
-    layout = Layout("lane_row", lanes) if cpu else Layout("lane_chunk", 1)
     found = []
     for fmt in FORMATS_OF_LIST:
-        for tile, n_token in TILES.items():
+        for n_token in TOKENS:
             n_row, n_col = BIG[1] if fmt in BIG[0] else BIG[2]
-            activations = "int8" if cpu and FORMATS[fmt].n_sub else "f32"
-            spec = MatmulSpec(fmt, layout, tile, activations=activations, subgroup=lanes)  # type: ignore[arg-type]
+            spec = standard_spec(fmt, n_token, cpu, lanes)
             tell(f"kernel {spec.name}")
-            found.append({"fmt": fmt, "activations": activations, **measure(device, spec, n_row, n_col, n_token, repeat)})
+            found.append({"fmt": fmt, "activations": spec.activations, **measure(device, spec, n_row, n_col, n_token, repeat)})
     return found
+
+
+def standard_spec(fmt: str, n_token: int, cpu: bool, lanes: int) -> MatmulSpec:
+    """What the engine multiplies a format with by default, nothing fused."""
+    layout = Layout("lane_row", lanes) if cpu else Layout("lane_chunk", 1)
+    if not (cpu and fmt in CODED and lanes == LANES):
+        return MatmulSpec(fmt, layout, 1 if n_token == 1 else BEST_TILE[layout.kind], subgroup=lanes)
+    pair, tile = Layout("lane_pair"), 1 if n_token == 1 else BEST_TILE["lane_pair"]
+    return MatmulSpec(fmt, pair, tile, activations="int8", side_by_side=2 if n_token == 1 else 1)
 
 
 def model_report(model: str, args: argparse.Namespace, peers: Sequence[Peer]) -> dict[str, Any]:

@@ -416,7 +416,9 @@ class Lowering:
             activations="f32" if kind == "lane_row" else self.activations,
             gather=gather,
             large=self._large(matrix),
-            side_by_side=2 if kind == "lane_pair" and tile == 1 else 1,
+            side_by_side=(2 if records and epilogue == "swiglu" else self._choices.side_by_side)
+            if kind == "lane_pair" and tile == 1
+            else 1,
             records=records,
             scale=op.scale if isinstance(op, Linear) else 1.0,
             softcap=op.softcap if isinstance(op, Linear) else 0.0,

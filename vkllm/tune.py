@@ -18,16 +18,16 @@ from vkllm.config import ModelConfig
 from vkllm.errors import VkllmError
 from vkllm.expand import device_type
 from vkllm.files.model_file import ModelFile
-from vkllm.kernels import texel_format
+from vkllm.kernels import MAX_FLOAT_TILE, texel_format
 from vkllm.models import build_graph
 from vkllm.tuned import Choices, Shape, product_shapes
 from vkllm.vk import Binding, Buffer, Device
 from vkllm_codegen import Kernel
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.attention import AttentionSpec, cache_row_nbytes, direct, partial
-from vkllm_shaders.formats import FORMATS, Layout, packed_nbytes
+from vkllm_shaders.formats import CODED, FORMATS, Layout, coded_of, packed_nbytes
 from vkllm_shaders.matmul import MatmulSpec, matmul
-from vkllm_shaders.quantize import SCALE_ROWS
+from vkllm_shaders.records import LANES, n_group, record_nbytes
 
 MARGIN = 0.03  # a new choice must be faster by this share: less is noise
 N_DECODE, N_CHUNK, CHUNK = 64, 4, 64  # the request to make fast: 64 tokens after a prompt of 4 chunks of 64
@@ -61,11 +61,13 @@ class Outcome:
 
 
 def axes(lane_row: bool, lanes: int) -> dict[str, tuple[object, ...]]:
-    """What to try for each choice, the ones that matter most first."""
+    """What to try for each choice, the ones that matter most first. Integer products of lane_row need 8 lanes."""
+    integers = lanes == LANES or not lane_row
     return {
-        "activations": ("f32", "int8"),
+        **({"activations": ("f32", "int8")} if integers else {}),
         "rows": (2, 4, 8),
-        "tile": (2, 4) if lane_row else (4, 8, 16),
+        "tile": (4, 8, 16) if integers else (2, 4),
+        **({"side_by_side": (1, 2)} if integers and lane_row else {}),
         **({"attention_tile": (0, 2 * lanes)} if lane_row else {"split": (256, 512, 1024)}),
     }
 
@@ -131,9 +133,10 @@ class DeviceTimer:
         return sum(count * self._product(shape, choices, axis) for shape, count in self._shapes.items())
 
     def _product(self, shape: Shape, choices: Choices, axis: str) -> float:
-        """A matrix in a whole request; a tile of tokens concerns prefill alone."""
+        """A matrix in a whole request; a tile of tokens concerns prefill alone, row groups side by side decode alone."""
         decode = 0.0 if axis == "tile" else N_DECODE * self._matmul(shape, choices, 1)
-        return decode + (0.0 if shape.gather else N_CHUNK * self._matmul(shape, choices, CHUNK))
+        once = shape.gather or axis == "side_by_side"
+        return decode + (0.0 if once else N_CHUNK * self._matmul(shape, choices, CHUNK))
 
     def _once(self, key: object, measure: Callable[[], float]) -> float:
         if key not in self._known:
@@ -141,22 +144,35 @@ class DeviceTimer:
         return self._known[key]
 
     def _matmul(self, shape: Shape, choices: Choices, n_token: int) -> float:
-        layout = Layout("lane_row", self._lanes, choices.rows) if self._lane_row else Layout("lane_chunk", 1, choices.rows)
-        tile = 1 if n_token == 1 else choices.tile
-        activations = choices.activations if FORMATS[shape.fmt].n_sub else "f32"
-        quantized = activations == "int8" and self._lane_row and tile == SCALE_ROWS
-        spec = MatmulSpec(shape.fmt, layout, tile, activations=activations, quantized=quantized, subgroup=self._lanes)
+        spec = self._spec(shape.fmt, choices, n_token)
         return self._once((spec, shape, n_token), lambda: self._run_matmul(spec, shape, n_token))
 
+    def _spec(self, fmt: str, choices: Choices, n_token: int) -> MatmulSpec:
+        """The product that the engine would choose, with nothing fused."""
+        layout = Layout("lane_row", self._lanes, choices.rows) if self._lane_row else Layout("lane_chunk", 1, choices.rows)
+        integers = choices.activations == "int8" and bool(FORMATS[fmt].n_sub)
+        if self._lane_row:
+            integers = integers and fmt in CODED and self._lanes == LANES
+            layout = Layout("lane_pair") if integers else layout
+        best = min(choices.tile, MAX_FLOAT_TILE) if layout.kind == "lane_row" else choices.tile
+        return MatmulSpec(
+            fmt,
+            layout,
+            tile=1 if n_token == 1 else best,
+            activations="int8" if integers else "f32",
+            side_by_side=choices.side_by_side if layout.kind == "lane_pair" and n_token == 1 else 1,
+            subgroup=self._lanes,
+        )
+
     def _run_matmul(self, spec: MatmulSpec, shape: Shape, n_token: int) -> float:
-        f, n_group = FORMATS[shape.fmt], spec.layout.n_group(shape.n_row)
-        n_packed = n_group * spec.layout.group_rows
+        f, groups = coded_of(shape.fmt) if spec.from_records else FORMATS[shape.fmt], spec.layout.n_group(shape.n_row)
+        n_packed = groups * spec.layout.group_rows
         nbytes, width = packed_nbytes(shape.fmt, n_packed, shape.n_col, spec.layout), -(-shape.n_col // 64) * 64
         copies = max(1, min(64, COLD_BYTES // nbytes)) if n_token == 1 else 1
-        sizes = dict.fromkeys(("x", "norm_w", "bias", "scales"), 4 * (n_token + SCALE_ROWS) * width)
-        sizes |= {"y": 4 * n_token * shape.n_row + 256, "params": 64 * (n_token + 1)}
-        push = {"n_chunk": f.n_chunk(shape.n_col), "n_group": n_group, "n_token": n_token, "n_row": shape.n_row, "first_row": 0}
-        push |= {"x_stride": width // (16 if spec.quantized else 4), "y_stride": shape.n_row, "n_col": shape.n_col, "eps": 1}
+        sizes = {"x": record_nbytes(n_token, shape.n_col) if spec.from_records else 4 * n_token * width}
+        sizes |= {"y": 4 * n_token * shape.n_row + 256}
+        push = {"n_chunk": f.n_chunk(shape.n_col), "n_group": groups, "n_token": n_token, "n_row": shape.n_row, "first_row": 0}
+        push |= {"x_stride": n_group(shape.n_col) if spec.from_records else width // 4, "y_stride": shape.n_row}
         return self._time(matmul(spec), sizes, {"w": nbytes}, copies, push, spec.groups(n_packed, n_token))
 
     def _attention(self, choices: Choices) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,16 @@ from vkllm.hub_cli import pulled_model
 
 if TYPE_CHECKING:
     from vkllm.tune import Outcome
+
+AXES = {
+    "activations": "activations",
+    "rows": "rows of a matrix a lane",
+    "tile": "prefill: tokens a tile",
+    "side_by_side": "decode: row groups side by side",
+    "attention_tile": "attention: positions a turn",
+    "split": "attention: positions a workgroup",
+}
+"""What a report says of each choice that is tried."""
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -62,10 +73,11 @@ def _progress(text: str) -> None:
 
 def _show(outcome: Outcome, report: bool) -> None:
     console = Console(highlight=False)
-    if report:
-        table = Table("choice", "tried", "best so far, ms", "this, ms", "", box=None, padding=(0, 2, 0, 0))
-        for e in outcome.experiments:
+    for axis, tried in groupby(outcome.experiments if report else (), key=lambda e: e.axis):
+        table = Table(AXES[axis], "best so far, ms", "this, ms", "", box=None, padding=(0, 2, 0, 0))
+        for e in tried:
             took = escape(e.problem) if e.seconds is None else f"{e.seconds * 1e3:.2f}"
-            table.add_row(e.axis, str(e.value), f"{e.best * 1e3:.2f}", took, "kept" if e.kept else "")
+            table.add_row(str(e.value), f"{e.best * 1e3:.2f}", took, "kept" if e.kept else "")
         console.print(table)
+        console.print()
     console.print(", ".join(f"{name} {value}" for name, value in asdict(outcome.choices).items()), soft_wrap=True)

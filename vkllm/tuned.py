@@ -32,12 +32,14 @@ class Shape:
 class Choices:
     """How kernels are made where several ways give the same results.
 
-    `rows`: of a matrix, that a lane owns. `tile`: tokens a workgroup in prefill. `attention_tile`: positions a turn (0: one a
-    lane). `split`: positions a workgroup of split attention. `activations`: what "auto" means for this model.
+    `rows`: of a matrix, that a lane owns. `tile`: tokens a workgroup in prefill. `side_by_side`: row groups of an integer product
+    that a workgroup takes together in decode. `attention_tile`: positions a turn (0: one a lane). `split`: positions a workgroup
+    of split attention. `activations`: what "auto" means for this model.
     """
 
     rows: int = 4
     tile: int = 4
+    side_by_side: int = 2
     attention_tile: int = 0
     split: int = 512
     activations: Literal["f32", "int8"] = "f32"
@@ -46,6 +48,7 @@ class Choices:
 ALLOWED: dict[str, tuple[object, ...]] = {
     "rows": (2, 4, 8),
     "tile": (2, 4, 8, 16),
+    "side_by_side": (1, 2),
     "attention_tile": (0, 8, 16, 32, 64),
     "split": (128, 256, 512, 1024, 2048),
     "activations": ("f32", "int8"),
@@ -103,4 +106,3 @@ def tuned(device: DeviceInfo, shapes: Iterable[Shape], lane_row: bool, folder: P
 
 def _is_allowed(name: str, value: object) -> bool:
     return not isinstance(value, bool | float) and value in ALLOWED[name]
-

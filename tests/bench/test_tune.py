@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,12 +11,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from vkllm import kernels
 from vkllm import tuned as store
 from vkllm.cli import app
-from vkllm.config import ModelConfig
+from vkllm.config import ModelConfig, RuntimeConfig
 from vkllm.files import open_model
-from vkllm.tune import DeviceTimer, axes, model_shapes, search
+from vkllm.models import build_graph
+from vkllm.plan import Linear, Qkv
+from vkllm.tune import N_CHUNK, N_DECODE, DeviceTimer, Experiment, Outcome, axes, model_shapes, search
+from vkllm.tune_cli import AXES, _show
 from vkllm.tuned import ALLOWED, Choices, Shape, default_choices, path, save, tuned
+from vkllm.vk import NullDevice
 from vkllm.vk.types import MINIMUM_LIMITS, DeviceInfo
 from vkllm_codegen.errors import KernelError
 
@@ -79,7 +85,7 @@ def test_what_cannot_run_is_left_out_and_told() -> None:
 
 
 def test_choices_come_back(tmp_path: Path) -> None:
-    chosen = Choices(rows=8, tile=2, attention_tile=16, split=256, activations="int8")
+    chosen = Choices(rows=8, tile=2, side_by_side=1, attention_tile=16, split=256, activations="int8")
     save(chosen, DEVICE, SHAPES, tmp_path)
     assert tuned(DEVICE, SHAPES, True, tmp_path) == chosen
     assert tuned(DEVICE, reversed(SHAPES), True, tmp_path) == chosen  # an order means nothing
@@ -126,9 +132,9 @@ def test_a_damaged_file_is_ignored(text: str, tmp_path: Path) -> None:
 
 
 def test_choices_that_cannot_run_are_ignored(tmp_path: Path) -> None:
-    for lane_row, wrong in ((True, Choices(tile=8)), (False, Choices(attention_tile=8))):
-        device = DEVICE if lane_row else replace(DEVICE, limits=replace(MINIMUM_LIMITS, subgroup_size=32))
-        save(wrong, device, SHAPES, tmp_path)
+    device = replace(DEVICE, limits=replace(MINIMUM_LIMITS, subgroup_size=32))
+    save(Choices(attention_tile=8), device, SHAPES, tmp_path)
+    for lane_row in (True, False):
         assert tuned(device, SHAPES, lane_row, tmp_path) == default_choices(lane_row)
 
 
@@ -143,6 +149,66 @@ def test_what_is_tried_may_be_kept(lane_row: bool) -> None:
         assert all(value in ALLOWED[axis] for axis, values in axes(lane_row, lanes).items() for value in values)
 
 
+def test_what_integer_products_choose_is_tried_where_they_are() -> None:
+    assert axes(True, 8)["side_by_side"] == (1, 2)
+    assert axes(True, 8)["tile"] == (4, 8, 16)
+    assert not {"activations", "side_by_side"} & set(axes(True, 16))
+    assert "side_by_side" not in axes(False, 32)
+
+
+CHOSEN = [
+    (schedule, Choices(rows=rows, tile=tile, side_by_side=side_by_side, activations=activations))
+    for schedule, rows, tile, side_by_side in (("lane_row", 4, 8, 2), ("lane_row", 2, 4, 1), ("lane_chunk", 8, 16, 2))
+    for activations in ("f32", "int8")
+]
+
+
+@pytest.mark.parametrize(("schedule", "choices"), CHOSEN, ids=str)
+def test_what_is_timed_is_what_the_engine_runs(schedule: Any, choices: Choices, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same products, but for what is fused into them."""
+    info = replace(DEVICE, limits=replace(MINIMUM_LIMITS, subgroup_size=8))
+    monkeypatch.setattr(kernels, "tuned", lambda *_: choices)
+    with open_model("tiny") as file:
+        graph = build_graph(ModelConfig.from_gguf(file), file.tensors)
+        runtime = RuntimeConfig(schedule=schedule, activations=choices.activations)
+        lower = kernels.Lowering(graph, file, info, runtime, n_ctx=256)
+        timer = DeviceTimer(NullDevice(limits=info.limits), graph.config, {}, schedule == "lane_row")  # type: ignore[arg-type]
+        ops = [op for op in graph.ops if isinstance(op, Linear | Qkv)]
+        for op, matrix, n_row in itertools.product(ops, lower.matrices, (1, 64)):
+            if matrix not in lower._by_op[op.name]:
+                continue
+            fused = lower._spec(op, matrix, op.epilogue if isinstance(op, Linear) else "qkv", n_row)
+            plain = replace(fused, norm=False, bias=False, epilogue="store", head_dim=0, rope_pairing="interleaved")
+            assert timer._spec(matrix.fmt, choices, n_row) == plain
+
+
+def test_row_groups_side_by_side_concern_decode_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = DeviceTimer(NullDevice(limits=MINIMUM_LIMITS), None, {SHAPES[0]: 2}, True)  # type: ignore[arg-type]
+    monkeypatch.setattr(DeviceTimer, "_matmul", lambda self, shape, choices, n_token: 1.0 if n_token == 1 else 1000.0)
+    assert timer(START, "side_by_side") == 2 * N_DECODE
+    assert timer(START, "tile") == 2 * N_CHUNK * 1000.0
+    assert timer(START, "rows") == timer(START, "side_by_side") + timer(START, "tile")
+
+
+def test_the_report_has_a_table_for_each_axis(capsys: pytest.CaptureFixture[str]) -> None:
+    tried = (
+        Experiment("tile", 4, 0.02, 0.03, False),
+        Experiment("tile", 16, 0.02, 0.01, True),
+        Experiment("side_by_side", 1, 0.5, None, False, "does not compile"),
+    )
+    _show(Outcome(replace(START, tile=16), tried, finished=True), report=True)
+    tables = [table.splitlines() for table in capsys.readouterr().out.split("\n\n")]
+    assert [table[0].split("  ")[0] for table in tables[:2]] == [AXES["tile"], AXES["side_by_side"]]
+    assert [line.split() for line in tables[0][1:]] == [["4", "20.00", "30.00"], ["16", "20.00", "10.00", "kept"]]
+    assert "does not compile" in tables[1][1]
+    assert "tile 16" in tables[2][0]
+
+
+@pytest.mark.parametrize("lane_row", [True, False])
+def test_every_axis_is_named_in_the_report(lane_row: bool) -> None:
+    assert set(axes(lane_row, 8)) <= set(AXES)
+
+
 def test_every_candidate_runs_on_the_device(device: Any) -> None:
     """On shapes of a real model's formats: one that never ran would never be chosen."""
     with open_model("tiny") as file:
@@ -150,8 +216,9 @@ def test_every_candidate_runs_on_the_device(device: Any) -> None:
     assert sum(shapes.values()) == 7 * config.n_layer + 1
     few = {next(iter(shapes)): 1}
     timer = DeviceTimer(device, config, few, lane_row=device.info.kind == "cpu")
-    tried = axes(device.info.kind == "cpu", device.limits.subgroup_size)
-    found = search(default_choices(True), {axis: values for axis, values in tried.items() if axis != "rows"}, timer, 600)
+    lane_row = device.info.kind == "cpu"
+    tried = {axis: values for axis, values in axes(lane_row, device.limits.subgroup_size).items() if axis != "rows"}
+    found = search(default_choices(lane_row), tried, timer, 600)
     assert found.finished
     assert [e.problem for e in found.experiments] == [""] * len(found.experiments)
 

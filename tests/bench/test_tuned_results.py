@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vkllm.config import RuntimeConfig
@@ -11,7 +13,7 @@ from vkllm.engine import LLMEngine
 from vkllm.files import open_model
 from vkllm.sampler import SamplingParams
 from vkllm.tune import axes, model_shapes
-from vkllm.tuned import Choices, save
+from vkllm.tuned import Choices, default_choices, save
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 PROMPT = "Once upon a time there was a small machine that wanted to know how fast it could be, and"
@@ -39,3 +41,23 @@ def test_tokens_are_those_without(schedule: str, device: object, tmp_path: Path,
         found, used = tokens(runtime)
         assert used == choices != defaults
         assert found == expected
+
+
+def test_integer_products_give_the_same_bits_whatever_is_chosen(
+    device: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VKLLM_CACHE_DIR", str(tmp_path))
+    info, runtime = device.info, RuntimeConfig(activations="int8", n_ctx=256)  # type: ignore[attr-defined]
+    if "side_by_side" not in axes(info.kind == "cpu", info.limits.subgroup_size):
+        pytest.skip("this device has no such products")
+    with open_model("tiny") as file:
+        shapes = model_shapes(file)
+    found = []
+    for tile, side_by_side in ((8, 2), (4, 1), (16, 1)):
+        choices = replace(default_choices(lane_row=True), tile=tile, side_by_side=side_by_side)
+        save(choices, info, shapes)
+        with LLMEngine.init_model("tiny", runtime) as engine:
+            assert engine.chain._lower._choices == choices
+            ids = engine.tokenizer.encode(PROMPT)
+            found += [np.array(engine.logits(ids)), np.array(engine.logits(ids, step=True))]
+    assert all(np.array_equal(logits, found[0]) for logits in found)
