@@ -15,15 +15,15 @@ from vkllm_codegen import Kernel
 from vkllm_shaders import attention, embed, experts, matmul, rmsnorm, rope, sample, softmax
 from vkllm_shaders.attention import AttentionSpec
 from vkllm_shaders.experts import RouteSpec, TileSpec
-from vkllm_shaders.formats import FORMATS, Layout
+from vkllm_shaders.formats import CODED, FORMATS, Layout
 from vkllm_shaders.gemm import GemmSpec, gemm
 from vkllm_shaders.heads import HeadSpec, heads
 from vkllm_shaders.matmul import MatmulSpec
+from vkllm_shaders.records import LANES
 from vkllm_shaders.sample import SampleSpec
+from vkllm_shaders.to_records import to_records
 
 Entry = tuple[str, Callable[[], Kernel]]
-
-INT8_FORMATS = ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4")
 
 
 def all_kernels(row_lanes: int = 8, chunk_lanes: int = 32) -> list[Kernel]:
@@ -73,7 +73,9 @@ def entries(row_lanes: int = 8, chunk_lanes: int = 32) -> list[Entry]:
     ]
     lanes = (row_lanes, chunk_lanes)
     gemms = [(spec.name, partial(gemm, spec)) for spec in _gemm_specs(chunk_lanes)]
-    return [*matmuls, *gemms, *embeds, *_attention(*lanes), *_heads(*lanes), *_experts(*lanes), *_plain(), *_sample(*lanes)]
+    integers = list(_integers()) if row_lanes == LANES else []
+    rest = [*_attention(*lanes), *_heads(*lanes), *_experts(*lanes), *_plain(), *_sample(*lanes)]
+    return [*matmuls, *gemms, *integers, *embeds, *rest]
 
 
 def _layouts(row_lanes: int) -> tuple[Layout, Layout]:
@@ -90,8 +92,48 @@ def _matmul_specs(row_lanes: int, chunk_lanes: int) -> Iterator[MatmulSpec]:
         yield spec("Q6_K", tile=8, epilogue="residual")
         yield spec("Q8_0", norm=True, gather=True)
         yield spec("MXFP4", norm=True, bias=True, epilogue="swiglu_oai", experts=True)
-    yield from (MatmulSpec(fmt, _layouts(row_lanes)[0], activations="int8") for fmt in INT8_FORMATS)
-    yield MatmulSpec("Q4_0", _layouts(row_lanes)[0], tile=8, activations="int8")
+    yield from (MatmulSpec(fmt, _layouts(row_lanes)[1], activations="int8", subgroup=chunk_lanes) for fmt in ("Q8_0", "Q4_K"))
+
+
+def _integers() -> Iterator[Entry]:
+    """Integer products on lavapipe, with what the chain fuses into them, and who else makes or reads their operands."""
+    yield from ((spec.name, partial(matmul.matmul, spec)) for spec in _pair_specs())
+    first, second = (_pair_spec(fmt, norm=True, bias=True, side_by_side=2) for fmt in ("Q4_K", "Q6_K"))
+    yield f"{first.name}_and_{second.fmt.lower()}", partial(matmul.matmul_pair, first, second)
+    yield from ((f"embed_{fmt.lower()}_lane_pair", partial(embed.embed_codes, fmt)) for fmt in CODED)
+    for fmt in ("Q5_0", "Q6_K"):
+        yield f"embed_{fmt.lower()}_lane_pair_records", partial(embed.embed_codes, fmt, 12.5, records=True)
+    for norm in (False, True):
+        for gather in (False, True):
+            yield "to_records" + "_norm" * norm + "_gather" * gather, partial(to_records, norm, gather)
+    for attends in (
+        AttentionSpec(64, 7, records=True),
+        AttentionSpec(128, 4, records=True),
+        AttentionSpec(32, 2, tile=16, cache="q8_0", scale=0.1, softcap=50.0, windowed=True, sinks=True, records=True),
+    ):
+        yield f"attention_direct_{attends.name}", partial(attention.direct, attends)
+
+
+_pair_spec = partial(MatmulSpec, layout=Layout("lane_pair"), activations="int8")
+
+
+def _pair_specs() -> Iterator[MatmulSpec]:
+    spec = _pair_spec
+    for fmt in CODED:
+        yield from (spec(fmt), spec(fmt, tile=8), spec(fmt, side_by_side=2))
+    yield spec("Q4_0", tile=2)
+    yield spec("Q5_K", tile=16)
+    qkv = partial(spec, norm=True, epilogue="qkv", head_dim=64)
+    yield qkv("Q5_0", side_by_side=2, bias=True, rope_pairing="half")
+    yield qkv("Q8_0", tile=8)
+    yield spec("Q4_K", side_by_side=2, norm=True, epilogue="swiglu", records=True)
+    yield spec("Q4_K", tile=8, norm=True, epilogue="swiglu")
+    yield spec("Q2_K", side_by_side=2, norm=True, epilogue="geglu")
+    yield from (spec("Q6_K", side_by_side=n, epilogue="residual", records=True) for n in (1, 2))
+    yield spec("Q6_K", tile=8, bias=True, epilogue="residual")
+    yield spec("Q8_0", side_by_side=2, norm=True, gather=True, scale=0.25, softcap=30.0)
+    yield spec("Q8_0", tile=8, norm=True)
+    yield from (spec("Q4_K", tile=tile, norm=True, bias=True, epilogue="swiglu_oai", experts=True) for tile in (1, 8))
 
 
 def _gemm_specs(chunk_lanes: int) -> Iterator[GemmSpec]:
