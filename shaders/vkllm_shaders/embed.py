@@ -6,7 +6,7 @@ from functools import cache
 
 from vkllm_codegen import Block, Buffer, Kernel, Value, f32, f32x4, kernel, read, texel, trace, u32, u32x4, write
 from vkllm_shaders.formats import SLOTS, CodedWeights, Layout, StepWeights, code_order, coded_of, format_of
-from vkllm_shaders.records import LANES, OWN, largest_of, n_group, squares_of, write_record
+from vkllm_shaders.records import LANES, OWN, largest_of, n_group, scale_bits, squares_of, whole_numbers, write_record
 from vkllm_shaders.sums import tree_sum
 
 WORKGROUP = 32
@@ -104,9 +104,11 @@ def embed_codes(fmt: str, scale: float = 1.0, records: bool = False) -> Kernel:
                 bufs["squares"][t * push["squares_stride"] + at] = tree_sum(squares)
                 norms = [bufs["norm_w"][at * LANES + (lane ^ j)] for j in range(LANES)]
                 columns = [[v * norm[i] for i, v in enumerate(own)] for own, norm in zip(columns, norms, strict=True)]
-                largest = largest_of(b, [v for own in columns for v in own]).bitcast(f32)
-                for j, own in enumerate(columns):
-                    write_record(b, bufs["record"], t, push["n_group"], at, lane ^ j, own, largest)
+                bits = scale_bits(b, largest_of(b, [v for own in columns for v in own]))
+                whole = [whole_numbers(b, own, bits) for own in columns]
+                total = tree_sum([v for own in whole for v in own])
+                for j, numbers in enumerate(whole):
+                    write_record(b, bufs["record"], (t, push["n_group"], at, lane ^ j), numbers, total, bits)
 
     bindings = {"w": texel(u32x4), "params": read(u32), "x": write(f32x4)}
     bindings |= {"norm_w": texel(f32x4), "record": write(u32), "squares": write(f32)} if records else {}

@@ -1,15 +1,16 @@
 """Activations in 8 bits as integer products read them ("records"), written once by whatever makes them.
 
-A record holds 32 columns of a row: scale = largest |v| / 127, integers round(v / scale). Two rows share a texel, so that one
-load brings both: u32x4 texel [row pair, group of 32 columns, lane of 8] = (bytes, scale) of the even row, then of the odd row.
-Lane l holds columns 4 l … 4 l + 3 of the group as signed bytes; the scale's f32 bits are the same in every lane.
+A record holds 32 columns of a row: whole numbers round(v / scale), their scale, and their sum. Two rows share a texel, so that one
+load brings both: u32x4 texel [row pair, group of 32 columns, lane of 8] = (bytes, tail) of the even row, then of the odd row.
+Lane l holds columns 4 l … 4 l + 3 of the group as signed bytes; the tail is the same in every lane: the sum in its lower 16 bits,
+the upper half of the scale's f32 bits above. The lower half of the scale is cut off before anything is divided by it.
 
 For a norm the record holds v = x * norm_w, and beside it lies the sum of x² of each group: `squares` f32 [row, groups rounded
-up to whole texels of four]. The norm's factor belongs to the result of the product. Every writer adds up in the same order and rounds
-alike, so it does not matter which one made a row. The largest bits of |v| are taken as integers, so that NaN and infinity win and
-reach the result through the scale.
+up to whole texels of four]. The norm's factor belongs to the result of the product. Every writer adds up in the same order and
+rounds alike, so it does not matter which one made a row. The largest bits of |v| are taken as integers, so that NaN and infinity
+win and reach the result through the scale.
 
-Source: ggml's Q8_0, with f32 scales; llama.cpp quantizes activations likewise.
+Source: ggml's Q8_0 and Q8_1; llama.cpp quantizes activations likewise.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from vkllm_shaders.sums import tree_sum
 GROUP = 32  # columns that share a scale
 LANES = 8  # of the subgroups that read and write records
 OWN = GROUP // LANES  # columns of a lane
-SCALE = 1.0 / 127.0
+SCALE = 1.0 / 126.5  # of the largest |v|: cut off by up to 1 / 128 it still makes no number above 127
+SMALLEST = 2.0**-126  # a scale below it has no inverse, and its values count as zeros
 
 
 def n_group(n_col: int) -> int:
@@ -42,22 +44,15 @@ def record_nbytes(n_row: int, n_col: int) -> int:
     return -(-n_row // 2) * n_group(n_col) * LANES * 16
 
 
-def write_record(
-    b: Block, record: Buffer, row: Value, groups: Value, group: Value, lane: Value | int, values: Sequence[Value], largest: Value
-) -> None:
-    """Write a lane's four columns. `groups`: of a row; `largest`: f32, max |v| of the whole group; record: u32 storage."""
-    at = (((row >> 1) * groups + group) * LANES + lane) * 4 + (row & 1) * 2
-    record[at] = as_bytes(rounded(b, values, inverse_of(b, largest)))
-    record[at + 1] = (largest * SCALE).bitcast(u32)
+def scale_bits(b: Block, largest: Value) -> Value:
+    """u32: the scale of a group, from the bits of its largest |v|."""
+    return (largest.bitcast(f32) * SCALE).bitcast(u32) & 0xFFFF0000
 
 
-def inverse_of(b: Block, largest: Value) -> Value:
-    """What makes whole numbers of up to ±127 of a group with this largest |v|; 0 where all are 0."""
-    return b.select(largest > 0.0, 127.0 / largest, 0.0)
-
-
-def rounded(b: Block, values: Sequence[Value], inverse: Value) -> list[Value]:
-    """i32: values in units of their scale."""
+def whole_numbers(b: Block, values: Sequence[Value], bits: Value) -> list[Value]:
+    """i32: values in units of the scale that has these bits."""
+    scale = bits.bitcast(f32)
+    inverse = b.select(scale > SMALLEST, 1.0 / scale, 0.0)
     return [b.round(v * inverse).to(i32) for v in values]
 
 
@@ -65,6 +60,21 @@ def as_bytes(q: Sequence[Value]) -> Value:
     """u32: four integers as signed bytes."""
     u = [(v & 0xFF).bitcast(u32) for v in q]
     return (u[0] | (u[1] << 8)) | ((u[2] << 16) | (u[3] << 24))
+
+
+def write_record(
+    b: Block,
+    record: Buffer,
+    place: tuple[Value, Value, Value, Value | int],
+    whole: Sequence[Value],
+    total: Value,
+    bits: Value,
+) -> None:
+    """Write a lane's four numbers. `place`: row, groups of a row, group, lane; `total`: of the whole group; record: u32."""
+    row, groups, group, lane = place
+    at = (((row >> 1) * groups + group) * LANES + lane) * 4 + (row & 1) * 2
+    record[at] = as_bytes(whole)
+    record[at + 1] = bits | (total.bitcast(u32) & 0xFFFF)
 
 
 def largest_of(b: Block, values: Sequence[Value]) -> Value:
@@ -83,8 +93,10 @@ def over_lanes(b: Block, combine: Callable[[Value, Value], Value], value: Value,
 
 def write_group(b: Block, record: Buffer, row: Value, groups: Value, group: Value, lane: Value, values: Sequence[Value]) -> None:
     """Write a whole group, each lane of a subgroup of eight its four columns."""
-    largest = over_lanes(b, b.max, largest_of(b, values)).bitcast(f32)
-    write_record(b, record, row, groups, group, lane, values, largest)
+    bits = scale_bits(b, over_lanes(b, b.max, largest_of(b, values)))
+    whole = whole_numbers(b, values, bits)
+    total = over_lanes(b, operator.add, tree_sum(whole))
+    write_record(b, record, (row, groups, group, lane), whole, total, bits)
 
 
 def squares_of(values: Sequence[Value]) -> Value:

@@ -25,14 +25,15 @@ NAN = np.float32(np.nan)
 def records(v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """v f32 [n_row, n_col] as records.py has it, and as f64 what they stand for."""
     groups = v.reshape(len(v), -1, GROUP)
-    most = np.abs(groups).max(axis=-1)
-    scale = most * np.float32(1 / 127)
-    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+    bits = (np.abs(groups).max(axis=-1) * np.float32(1 / 126.5)).view(np.uint32) & 0xFFFF0000
+    scale = bits.view(np.float32)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
     whole = np.rint(groups * inverse[..., None]).astype(np.int8)
-    out = np.zeros((-(-len(v) // 2), 2, groups.shape[1], 8, 2), np.uint32)  # [row pair, odd, group, lane, (bytes, scale)]
+    totals = whole.sum(axis=-1, dtype=np.int32).view(np.uint32) & 0xFFFF
+    out = np.zeros((-(-len(v) // 2), 2, groups.shape[1], 8, 2), np.uint32)  # [row pair, odd, group, lane, (bytes, tail)]
     for i in range(len(v)):
         out[i // 2, i % 2, :, :, 0] = whole[i].reshape(-1, 8, 4).view(np.uint32)[..., 0]
-        out[i // 2, i % 2, :, :, 1] = scale[i].view(np.uint32)[:, None]
+        out[i // 2, i % 2, :, :, 1] = (bits[i] | totals[i])[:, None]
     rounded = whole.astype(np.float64) * scale[..., None].astype(np.float64)
     return np.ascontiguousarray(out.transpose(0, 2, 3, 1, 4)).reshape(-1, 4), rounded.reshape(v.shape)
 

@@ -21,19 +21,20 @@ def eight_lanes() -> None:
         pytest.skip(f"records are made by subgroups of {LANES}; the device has {lanes()}")
 
 
-def unpacked(record: np.ndarray, n_row: int, n_col: int) -> tuple[np.ndarray, np.ndarray]:
-    """Records → (integers i8 [n_row, n_col], scales u32 bits [n_row, groups, lanes])."""
-    texels = record.reshape(-1, n_group(n_col), LANES, 2, 2)  # row pair, group, lane, row of the pair, (bytes, scale)
-    words, scales = (texels[..., part].transpose(0, 3, 1, 2).reshape(-1, n_group(n_col), LANES)[:n_row] for part in (0, 1))
-    return np.ascontiguousarray(words).view(np.int8).reshape(n_row, n_col), scales
+def unpacked(record: np.ndarray, n_row: int, n_col: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Records → (integers i8 [n_row, n_col], scales u32 bits and sums [n_row, groups, lanes])."""
+    texels = record.reshape(-1, n_group(n_col), LANES, 2, 2)  # row pair, group, lane, row of the pair, (bytes, tail)
+    words, tails = (texels[..., part].transpose(0, 3, 1, 2).reshape(-1, n_group(n_col), LANES)[:n_row] for part in (0, 1))
+    integers = np.ascontiguousarray(words).view(np.int8).reshape(n_row, n_col)
+    return integers, tails & 0xFFFF0000, (tails & 0xFFFF).astype(np.uint16).view(np.int16)
 
 
 def model(v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What a row holds, in the kernels' f32: (integers [n_row, n_col], scales f32 [n_row, groups])."""
     grouped = v.astype(np.float32).reshape(len(v), -1, GROUP)
-    largest = np.abs(grouped).max(axis=-1)
-    inverse = np.divide(np.float32(127.0), largest, out=np.zeros_like(largest), where=largest > 0)
-    return np.rint(grouped * inverse[..., None]).astype(int).reshape(v.shape), largest * np.float32(1.0 / 127.0)
+    scales = ((np.abs(grouped).max(axis=-1) * np.float32(1.0 / 126.5)).view(np.uint32) & 0xFFFF0000).view(np.float32)
+    inverse = np.divide(np.float32(1.0), scales, out=np.zeros_like(scales), where=scales > 0)
+    return np.rint(grouped * inverse[..., None]).astype(int).reshape(v.shape), scales
 
 
 def rows(n_row: int, n_col: int, seed: int = 0) -> np.ndarray:
@@ -59,15 +60,17 @@ def run(x: np.ndarray, n_col: int, norm_w: np.ndarray | None = None, source: np.
         push["capacity"] = capacity
     kernel = to_records(norm_w is not None, source is not None)
     got = run_on_device(kernel, given, push, {}, (n_row, 1, 1))
-    integers, scales = unpacked(got["record"], n_row, n_col)
-    return got | {"integers": integers, "scales": scales}
+    integers, scales, totals = unpacked(got["record"], n_row, n_col)
+    return got | {"integers": integers, "scales": scales, "totals": totals}
 
 
 def check(got: dict[str, Any], v: np.ndarray) -> None:
     """The records are those of v; a quotient near a half may fall either way."""
     integers, scales = model(v)
     assert (got["scales"] == got["scales"][..., :1]).all(), "the lanes' scales differ"
-    np.testing.assert_allclose(got["scales"][..., 0].view(np.float32), scales, rtol=1e-6)
+    np.testing.assert_allclose(got["scales"][..., 0].view(np.float32), scales, rtol=2.0**-7)  # a last bit cut off more or less
+    assert np.array_equal(got["totals"], np.repeat(got["integers"].reshape(*scales.shape, GROUP).sum(axis=-1)[..., None], LANES, -1))
+    assert np.abs(got["integers"]).max() <= 127
     assert np.abs(got["integers"] - integers).max() <= 1
     assert np.mean(got["integers"] != integers) < 1e-3
 
@@ -98,7 +101,7 @@ def test_gathered_rows_are_those_rows(norm: bool) -> None:
     x, source = rows(6, 128), np.array([4, 0, 5, 5, 2])
     norm_w = np.linspace(0.5, 1.5, 128, dtype=np.float32) if norm else None
     got, expected = run(x, 128, norm_w, source), run(x[source], 128, norm_w)
-    names = ("integers", "scales") + (("squares",) if norm else ())
+    names = ("integers", "scales", "totals") + (("squares",) if norm else ())
     assert all(np.array_equal(got[name], expected[name]) for name in names)
 
 
@@ -109,7 +112,7 @@ def test_a_row_is_the_same_to_the_bit_whatever_the_others(norm: bool) -> None:
     together = run(x, n_col, norm_w)
     for i in range(len(x)):
         alone = run(x[i : i + 1], n_col, norm_w)
-        for name in ("integers", "scales") + (("squares",) if norm else ()):
+        for name in ("integers", "scales", "totals") + (("squares",) if norm else ()):
             assert np.array_equal(alone[name][0], together[name][i]), f"row {i}: {name}"
 
 
@@ -139,7 +142,7 @@ def test_zeros_and_the_smallest_numbers() -> None:
     scales = got["scales"].view(np.float32)
     assert (scales[0, 0] == 0).all() and (scales[1, 1] == 0).all()
     assert (got["integers"][0, :32] == 0).all() and (got["integers"][1, 32:] == 0).all()
-    assert (got["integers"][1, :32] == -127).all()
+    assert (got["integers"][1, :32] <= -126).all()
     assert np.isfinite(scales).all()
 
 
@@ -148,7 +151,8 @@ def test_the_interpreter_agrees() -> None:
     integers, scales = model(x[:, :64] * norm_w)
     texels = np.zeros((1, 2, LANES, 2, 2), np.uint32)
     texels[..., 0] = integers.astype(np.int8).view(np.uint32).reshape(1, 2, 2, LANES).transpose(0, 2, 3, 1)
-    texels[..., 1] = scales.view(np.uint32).reshape(1, 2, 2, 1).transpose(0, 2, 3, 1)
+    tails = scales.view(np.uint32) | (integers.reshape(2, 2, GROUP).sum(axis=-1).astype(np.int32).view(np.uint32) & 0xFFFF)
+    texels[..., 1] = tails.reshape(1, 2, 2, 1).transpose(0, 2, 3, 1)
     squares = np.full((2, 4), 7.0, np.float32)
     squares[:, :2] = (x[:, :64].reshape(2, 2, GROUP) ** 2).sum(axis=-1)
     given = {"x": x, "norm_w": norm_w, "record": np.zeros_like(texels), "squares": np.full((2, 4), 7.0, np.float32)}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vkllm_codegen import Block, Buffer, Value, f32
+from vkllm_codegen import Block, Buffer, Value
 from vkllm_shaders.attention.rows import CHUNK_DIMS
 from vkllm_shaders.attention.softmax import with_sink
 from vkllm_shaders.attention.spec import AttentionSpec
-from vkllm_shaders.records import GROUP, OWN, largest_of, over_lanes, write_record
+from vkllm_shaders.records import GROUP, OWN, largest_of, over_lanes, scale_bits, whole_numbers, write_record
+from vkllm_shaders.sums import tree_sum
 
 GROUP_CHUNKS = GROUP // CHUNK_DIMS
 
@@ -64,12 +66,16 @@ class Result:
         self.out[base + dim] = share
 
     def _store_records(self, to: Records, g: Value | int, chunk: Value, shares: Sequence[Value], owned: Value) -> None:
-        largest = over_lanes(self.b, self.b.max, largest_of(self.b, shares), GROUP_CHUNKS).bitcast(f32)
+        b = self.b
+        bits = scale_bits(b, over_lanes(b, b.max, largest_of(b, shares), GROUP_CHUNKS))
+        whole = whole_numbers(b, shares, bits)
+        total = over_lanes(b, operator.add, tree_sum(whole), GROUP_CHUNKS)
         group = (self.kv_head * self.spec.group + g) * (self.spec.head_dim // GROUP) + chunk // GROUP_CHUNKS
         lane = chunk % GROUP_CHUNKS * (CHUNK_DIMS // OWN)
-        with self.b.when(owned):
+        with b.when(owned):
             for i in range(0, CHUNK_DIMS, OWN):
-                write_record(self.b, to.buffer, to.row, to.n_group, group, lane + i // OWN, shares[i : i + OWN], largest)
+                place = to.row, to.n_group, group, lane + i // OWN
+                write_record(b, to.buffer, place, whole[i : i + OWN], total, bits)
 
     def store_state(self, g: Value | int, highest: Value, total: Value) -> None:
         """The largest score (in log2 units) and the sum of weights of head `g`; nothing when `direct`."""

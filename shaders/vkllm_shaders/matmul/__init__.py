@@ -19,7 +19,8 @@ RMSNorm needs no pass of its own: sum(x²) is gathered in the same loop and scal
 
 Source: KERNELS.md's measurements and those in bench/LOG.md.
 
-Files: `spec` the shapes, `body` loops and arithmetic, `activations` x, `integers` both for lane_pair, `epilogue` what follows, `kernels` the kernels.
+Files: `spec` the shapes, `body` loops and arithmetic, `activations` x, `integers` both for lane_pair, `epilogue` what follows,
+`kernels` the kernels.
 """
 
 from vkllm_shaders.matmul.kernels import OWN_BINDINGS, OWN_PUSH, alike, matmul, matmul_pair, pair_groups

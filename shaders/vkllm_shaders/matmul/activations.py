@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vkllm_codegen import Value, f32
+from vkllm_codegen import Value, f32, i32
 from vkllm_shaders.formats import SLOTS
-from vkllm_shaders.records import SCALE, as_bytes, inverse_of, largest_of, rounded
+from vkllm_shaders.records import as_bytes, largest_of
 from vkllm_shaders.sums import tree_sum
 
 if TYPE_CHECKING:
@@ -131,8 +131,9 @@ class LaneChunkX(X):
             slots = [self._slot(t, i) for i in range(group * GROUP, (group + 1) * GROUP)]
             values = [[v[i] for i in range(4)] for v in slots]
             largest = largest_of(self.b, [v for slot in values for v in slot]).bitcast(f32)
-            inverse = inverse_of(self.b, largest)
-            self.groups[t, group] = largest * SCALE, [rounded(self.b, slot, inverse) for slot in values]
+            inverse = self.b.select(largest > 0.0, 127.0 / largest, 0.0)
+            whole = [[self.b.round(v * inverse).to(i32) for v in slot] for slot in values]
+            self.groups[t, group] = largest * (1.0 / 127.0), whole
         return self.groups[t, group]
 
     def scale(self, t: int, slot: int) -> Value:

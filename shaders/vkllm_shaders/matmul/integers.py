@@ -9,13 +9,13 @@ from __future__ import annotations
 import operator
 
 from vkllm_codegen import Block, Buffer, Value, f32, i32
-from vkllm_shaders.formats import Coded, CodedWeights, code_order, coded_of
+from vkllm_shaders.formats import STEP_COLUMNS, Coded, CodedWeights, code_order, coded_of
 from vkllm_shaders.matmul.body import Body
 from vkllm_shaders.matmul.spec import MatmulSpec
 from vkllm_shaders.records import LANES, over_lanes
 from vkllm_shaders.sums import added, tree_sum
 
-CENTER_TOKENS = 4  # from so many on it is cheaper to take the middle from each code than from each sum
+CENTER_TOKENS = 4  # from so many on it is cheaper to take the middle from each code than from each part of a sum
 
 
 class IntegerBody(Body):
@@ -82,31 +82,41 @@ class IntegerBody(Body):
         return rest - w.minimum(r, sub) if self.coded.minimum else rest
 
     def _sums(self, weights: list[CodedWeights], x: Records, order: list[tuple[int, int]], codes: range) -> list[list[Value]]:
-        """i32 [token][row]: sums over `codes` of centered code times x."""
+        """i32 [token][row]: sums over `codes` of centered code times x.
+
+        Token after token: then all but a few values are constants of the step, which a compiler may keep in memory.
+        """
         c, middle = self.coded, (1 << (self.coded.bits - 1)) * 0x10001
-        center = self.tile >= CENTER_TOKENS or c.limit < LANES
-        pairs = [(w, pair) for w in weights for pair in range(self.rows // 2)]
-        words: list[list[Value]] = [[] for _ in range(self.tile)]
-        highs: list[list[Value]] = [[] for _ in range(self.tile)]
+        center = c.limit < LANES or (self.tile >= CENTER_TOKENS and c.limit < STEP_COLUMNS)
         parts = [codes[i : i + c.limit] for i in range(0, len(codes), c.limit)]
-        for part in parts:
-            packed: list[list[Value]] = [[] for _ in range(self.tile)]
-            for index in part:
-                both = [w.both(pair, index) for w, pair in pairs]
-                both = [v - middle for v in both] if center else both
-                for t in range(self.tile):
+        pairs = [(w, pair) for w in weights for pair in range(self.rows // 2)]
+        kept: dict[int, list[Value]] = {}
+
+        def both(index: int) -> list[Value]:
+            if index not in kept:
+                found = [w.both(pair, index) for w, pair in pairs]
+                kept[index] = [v - middle for v in found] if center else found
+            return kept[index]
+
+        sums: list[list[Value]] = []
+        for t in range(self.tile):
+            words: list[Value] = []
+            highs: list[Value] = []
+            for part in parts:
+                packed: list[Value] = []
+                for index in part:
                     xs = x.integer(t, *order[index])
-                    packed[t] = added(packed[t], [v * xs for v in both])
-            for t in range(self.tile):
+                    packed = added(packed, [v * xs for v in both(index)])
                 # Half a unit of the high sum more, so that a negative low sum borrows nothing from it.
-                more = [0x8000] if center else [0x8000 - x.total(t, order, part) * middle]
-                packed[t] = [p + more[0] for p in packed[t]]
-                highs[t] = added(highs[t], [p >> 16 for p in packed[t]])
-                words[t] = added(words[t], packed[t])
-        sums = []
-        for both, high in zip(words, highs, strict=True):
-            lows = [p - 0x8000 * len(parts) - (h << 16) for p, h in zip(both, high, strict=True)]
-            sums.append([v for pair in zip(lows, high, strict=True) for v in pair])
+                more = 0x8000 if center else 0x8000 - x.total(t, order, part) * middle
+                packed = [p + more for p in packed]
+                highs = added(highs, [p >> 16 for p in packed])
+                words = added(words, packed)
+            if len(parts) == 1:
+                lows = [(p & 0xFFFF) - 0x8000 for p in words]
+            else:
+                lows = [p - 0x8000 * len(parts) - (high << 16) for p, high in zip(words, highs, strict=True)]
+            sums.append([v for pair in zip(lows, highs, strict=True) for v in pair])
         return sums
 
 
@@ -144,10 +154,13 @@ class Records:
         return self.b.subgroup_shuffle_xor(self.own(t, q), j) if j else self.own(t, q)
 
     def scale(self, t: int) -> Value:
-        return self.words[t][1].bitcast(f32)
+        """f32."""
+        return (self.words[t][1] & 0xFFFF0000).bitcast(f32)
 
     def total(self, t: int, order: list[tuple[int, int]], codes: range) -> Value:
         """i32: the sum over some codes' columns; for each q, whole aligned runs of lanes."""
+        if len(codes) == STEP_COLUMNS:
+            return (self.words[t][1].bitcast(i32) << 16) >> 16
         if (t, codes) not in self._totals:
             js = {order[i][1] for i in codes}
             qs = sorted({order[i][0] for i in codes})
