@@ -171,7 +171,7 @@ class ModelChain:
 
     def _replay(self, rows: Rows, watch: Watch | None) -> Output:
         n_row, n_out = len(rows.token_ids), len(rows.output_rows)
-        capacity = self._bucket(n_row)
+        capacity, n_recorded = self._bucket(n_row), len(self._recorded)
         recorded = self._record(capacity, min(self._bucket(n_out), capacity) if n_out else 0, watched=watch is not None)
         self._write_params(recorded, rows)
         for i, recording in enumerate(recorded.recordings):
@@ -181,6 +181,8 @@ class ModelChain:
             if watch is not None and (name := self._lower.output_of(op := recorded.dispatches(i)[-1].op)) is not None:
                 buffer = self.graph.buffers[name]
                 watch(op, self._rows_of(name, n_out if buffer.per_output else n_row * buffer.rows_per_token))
+        if len(self._recorded) > n_recorded:  # drivers compile a kernel when it first runs
+            self.device.trim()
         greedy = self._buffers["argmax"].read(n_out * 16, dtype=np.uint32).reshape(n_out, 4)
         return Output(greedy[:, 0], greedy[:, 2], lambda: self._rows_of(self.graph.logits, n_out))
 

@@ -26,14 +26,7 @@ from typer.core import TyperGroup
 
 from vkllm.config import Activations, CacheType, ModelConfig, RuntimeConfig, speculate_of
 from vkllm.errors import RequestError
-from vkllm.homeostasis_cli import app as homeostasis
-from vkllm.hub_cli import list_models, pull_model, pulled_model, remove_model
-from vkllm.import_cli import import_model
-from vkllm.perplexity_cli import eval_quant, perplexity
-from vkllm.profile_cli import profile_model
-from vkllm.serve.command import serve
-from vkllm.soak_cli import soak
-from vkllm.tune_cli import tune_model
+from vkllm.hub_cli import pulled_model
 from vkllm_codegen.errors import HintedError
 
 if TYPE_CHECKING:
@@ -47,7 +40,22 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Commands(TyperGroup):
-    """The commands; errors of ours and of the file system become one message with a hint, and exit status 1."""
+    """The commands; errors of ours and of the file system become one message with a hint, and exit status 1.
+
+    Those of other modules are imported when one of them, or a list of all, is asked for: `run` starts sooner, in less memory.
+    """
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.commands:
+            self._add_others()
+        return super().get_command(ctx, cmd_name)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        self._add_others()
+        return super().list_commands(ctx)
+
+    def _add_others(self) -> None:
+        self.commands = {**self.commands, **typer.main.get_group(others()).commands}
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -482,17 +490,30 @@ def shaders(out: Annotated[Path, typer.Argument(help="Folder for .spv, .spvasm, 
     err.print(f"{count} kernels written to {out}")
 
 
-app.command()(serve)
-app.command()(soak)
-app.command("profile")(profile_model)
-app.command("tune")(tune_model)
-app.command("import")(import_model)
-app.command("pull")(pull_model)
-app.command("list")(list_models)
-app.command("rm")(remove_model)
-app.command()(perplexity)
-app.command("eval-quant")(eval_quant)
-app.add_typer(homeostasis, name="homeostasis")
+def others() -> typer.Typer:
+    """The commands that have modules of their own."""
+    from vkllm.homeostasis_cli import app as homeostasis
+    from vkllm.hub_cli import list_models, pull_model, remove_model
+    from vkllm.import_cli import import_model
+    from vkllm.perplexity_cli import eval_quant, perplexity
+    from vkllm.profile_cli import profile_model
+    from vkllm.serve.command import serve
+    from vkllm.soak_cli import soak
+    from vkllm.tune_cli import tune_model
+
+    added = typer.Typer()
+    added.command()(serve)
+    added.command()(soak)
+    added.command("profile")(profile_model)
+    added.command("tune")(tune_model)
+    added.command("import")(import_model)
+    added.command("pull")(pull_model)
+    added.command("list")(list_models)
+    added.command("rm")(remove_model)
+    added.command()(perplexity)
+    added.command("eval-quant")(eval_quant)
+    added.add_typer(homeostasis, name="homeostasis")
+    return added
 
 
 def main() -> None:

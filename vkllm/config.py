@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -334,7 +334,7 @@ def _head_dim(meta: _Metadata, arch: str, n_embd: int, n_head: int) -> int:
 def _n_vocab(meta: _Metadata, arch: str) -> int:
     """The vocabulary's size: of the token list, which {arch}.vocab_size must not contradict."""
     tokens = meta.pairs.get("tokenizer.ggml.tokens")
-    n_token = len(tokens) if isinstance(tokens, list) else None
+    n_token = len(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else None
     n_vocab = meta.integer(f"{arch}.vocab_size", n_token)
     if n_token is not None and n_token != n_vocab:
         raise ConfigError(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from command import Outcome, vkllm
 
-from vkllm.cli import app, jsonable
+from vkllm.cli import app, jsonable, others
 from vkllm.config import ModelConfig
 from vkllm.diff import nmse
 from vkllm.files import resolve_model
@@ -359,7 +359,7 @@ def test_help_names_every_command() -> None:
 def test_the_documentation_names_every_command_and_no_other() -> None:
     text = Path(__file__).parents[2].joinpath("docs", "cli.md").read_text()
     rows = {line.split("`")[1].split()[0] for line in text.split("## For scripts")[0].splitlines() if line.startswith("| `")}
-    assert rows == {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    assert rows == {c.name or c.callback.__name__ for a in (app, others()) for c in a.registered_commands if c.callback}
 
 
 # -- real processes -------------------------------------------------------------------------------------------------------------

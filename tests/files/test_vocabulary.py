@@ -324,7 +324,7 @@ def as_tokenizer_json(meta: Mapping[str, Any]) -> dict[str, Any]:
     vocab = {text: i for i, text in enumerate(tokens) if types[i] in (NORMAL, BYTE)}
     if meta["tokenizer.ggml.model"] == "gpt2":
         splits = PRE_TOKENIZERS[meta["tokenizer.ggml.pre"]]
-        model = {"vocab": vocab, "merges": meta["tokenizer.ggml.merges"], "ignore_merges": splits.ignore_merges}
+        model = {"vocab": vocab, "merges": list(meta["tokenizer.ggml.merges"]), "ignore_merges": splits.ignore_merges}
         return {"model": model, "added_tokens": added, "pre_tokenizer": sequence(*map(split, splits.splits), PLAIN)}
     scores = meta["tokenizer.ggml.scores"]
     cuts = ((text[:i], text[i:]) for text in vocab for i in range(1, len(text)))

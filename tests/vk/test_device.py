@@ -306,3 +306,19 @@ def test_memory_that_cannot_be_imported(device: Device) -> None:
     assert device.import_buffer(pages[:0], 0) is None
     with open_device(device.info.index, force_unmapped=True) as unmapped:
         assert unmapped.import_buffer(pages, 64) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is given back where glibc is")
+def test_trim_gives_code_back(device: Device) -> None:
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile:"))
+
+    x = np.arange(1000, dtype=np.uint32)
+    buffer = device.buffer(x.nbytes)
+    buffer.write(x)
+    with open_device(device.info.index):  # drivers are loaded anew, or looked at again
+        before = resident()
+        device.trim()
+        assert resident() < before
+    np.testing.assert_array_equal(buffer.read(dtype=np.uint32), x)

@@ -25,6 +25,7 @@ from vkllm.errors import FileFormatError
 from vkllm.files.gguf import ARRAY, MAGIC, MAX_NAME_BYTES, SCALARS, STRING
 from vkllm.files.model_file import TensorInfo
 from vkllm.files.types import TYPES
+from vkllm.vocab.strings import Strings
 
 VERSION = 3
 DEFAULT_ALIGNMENT = 32
@@ -172,7 +173,7 @@ def encode(value: object) -> Raw:
     """
     if isinstance(value, str):
         return _U32.pack(STRING) + _string(value)
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | Strings):
         return _U32.pack(ARRAY) + _list(value)
     if isinstance(value, np.ndarray):
         return _U32.pack(ARRAY) + _numbers(value)

@@ -270,6 +270,7 @@ class Device:
         data = cache.load(self._cache_file)
         with self._calls(f"opening {info.name}"):
             self._native = _native.Device(info.index, info.queue_family, data, force_unmapped)
+        self.trim()  # loading drivers runs through all of their code
         self._pipelines: dict[tuple[Any, ...], Pipeline] = {}
         self._stage: Staging | None = None
         self._lock = threading.Lock()
@@ -384,6 +385,11 @@ class Device:
         """Block, without the GIL, until the device has nothing to do."""
         with self._calls("waiting for the device"):
             self._native.wait_idle()
+
+    def trim(self) -> None:
+        """Give back what only starting and compiling needed: of this process memory that was freed, and the code of libraries.
+        What runs again is read again as it is reached, from the page cache."""
+        _native.trim()
 
     def close(self) -> None:
         """Wait for the device, save the pipeline cache, and let go of pipelines and staging memory."""

@@ -189,5 +189,8 @@ class NullDevice:
     def wait_idle(self) -> None:
         """Nothing to wait for."""
 
+    def trim(self) -> None:
+        """Nothing to give back."""
+
     def close(self) -> None:
         """Nothing to close."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from vkllm.errors import ConfigError
+from vkllm.vocab.strings import Strings
 
 AGAIN = "convert the model again"
 
@@ -38,11 +39,13 @@ class VocabMetadata:
             raise ConfigError(f"tokenizer.ggml.{name} is {value!r}; expected a boolean", hint=AGAIN)
         return value
 
-    def strings(self, name: str) -> list[str]:
+    def strings(self, name: str) -> Sequence[str]:
         """An array of strings."""
         value = self.get(name)
         if value is None:
             raise missing(name)
+        if isinstance(value, Strings):
+            return value
         if not isinstance(value, list) or set(map(type, value)) - {str}:
             raise ConfigError(f"tokenizer.ggml.{name} must be an array of strings", hint=AGAIN)
         return value

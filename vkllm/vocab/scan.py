@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from vkllm.vocab.strings import find
+
 MAX_CANDIDATES = 1 << 14
 
 
@@ -24,11 +26,10 @@ def encode_words(words: Sequence[str], tokens: Sequence[str], merges: Sequence[s
         return None
     pieces = {w[i:k] for w in words for i in range(len(w)) for k in range(i + 1, len(w) + 1)}
     pairs = {f"{p[:cut]} {p[cut:]}" for p in pieces for cut in range(1, len(p))}
-    ids = {text: i for i, text in enumerate(tokens) if text in pieces}
+    ids = {text: i for i, text in find(tokens, pieces)}
     ranks: dict[str, int] = {}
-    for rank, merge in enumerate(merges):
-        if merge in pairs:
-            ranks.setdefault(merge, rank)
+    for rank, merge in find(merges, pairs):
+        ranks.setdefault(merge, rank)
     if any(merge.replace(" ", "") not in ids for merge in ranks) or any(c not in ids for w in words for c in w):
         return None
     found: list[int] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from vkllm.vocab.metadata import VocabMetadata
+from vkllm.vocab.strings import find
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPECIAL = frozenset({UNKNOWN, CONTROL, USER_DEFINED})
@@ -49,7 +50,7 @@ class SpecialTokens:
         n = len(tokens)
         typed = meta.get("token_type") is not None
         self.types: list[int] = list(map(int, meta.numbers("token_type", n))) if typed else [NORMAL] * n
-        found = {text: i for i, text in enumerate(tokens) if text in _NAMED}
+        found = {text: i for i, text in find(tokens, _NAMED)}
         fill = {key: meta.token_id(key, n, meta.token_id(OLD_FILL_KEYS.get(key, key), n)) for key in FILL_TEXTS}
         for key, texts in FILL_TEXTS.items():
             if fill[key] is None:  # the file does not name one

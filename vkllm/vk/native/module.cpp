@@ -8,6 +8,13 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#ifdef __GLIBC__
+#include <link.h>
+#include <malloc.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <cstring>
 #include <optional>
 
@@ -44,6 +51,39 @@ struct Instance
     }
     VkInstance handle = VK_NULL_HANDLE;
 };
+
+#ifdef __GLIBC__
+/// Drop the whole pages of a library's code and constants from this process. The loader holds its lock meanwhile, so that none is
+/// unmapped; a library whose code was relocated is left alone, as its pages are in no file.
+int
+drop_code(dl_phdr_info* library, size_t, void*)
+{
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    for (const auto* p = library->dlpi_phdr; p != library->dlpi_phdr + library->dlpi_phnum; p++)
+        if (p->p_type == PT_DYNAMIC)
+            for (const auto* d = reinterpret_cast<const ElfW(Dyn)*>(library->dlpi_addr + p->p_vaddr); d->d_tag != DT_NULL; d++)
+                if (d->d_tag == DT_TEXTREL || (d->d_tag == DT_FLAGS && d->d_un.d_val & DF_TEXTREL))
+                    return 0;
+    for (const auto* p = library->dlpi_phdr; p != library->dlpi_phdr + library->dlpi_phnum; p++) {
+        const uintptr_t first = (library->dlpi_addr + p->p_vaddr + page - 1) / page * page;
+        const uintptr_t end = (library->dlpi_addr + p->p_vaddr + p->p_filesz) / page * page;
+        if (p->p_type == PT_LOAD && !(p->p_flags & PF_W) && first < end)
+            madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
+    }
+    return 0;
+}
+#endif
+
+/// Give back what only starting and compiling needed: memory that was freed, and code. What runs again is read again as it is
+/// reached, from the page cache.
+void
+trim()
+{
+#ifdef __GLIBC__
+    malloc_trim(0);
+    dl_iterate_phdr(drop_code, nullptr);
+#endif
+}
 
 const char*
 component_name(uint32_t type)
@@ -188,6 +228,11 @@ text(nb::bytes b)
 
 NB_MODULE(_native, m)
 {
+#ifdef __GLIBC__
+    // Large memory is mapped by itself, always: pages of it that nobody touches take none, and what is freed is given back. Left
+    // alone, glibc raises this limit to the largest size that was ever freed.
+    mallopt(M_MMAP_THRESHOLD, 1 << 20);
+#endif
     nb::set_leak_warnings(false); // objects may outlive the interpreter's modules at exit
     m.doc() = "Kompute with our own operations, dispatcher and checks.";
 
@@ -204,6 +249,7 @@ NB_MODULE(_native, m)
     });
 
     m.def("devices", &devices);
+    m.def("trim", &trim, nb::call_guard<nb::gil_scoped_release>());
     m.def("inject_fault", &inject_fault, "call"_a, "nth"_a, "result"_a);
 
     nb::class_<Buffer>(m, "Buffer")
