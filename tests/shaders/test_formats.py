@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.formats import (
+    CODED,
     FORMATS,
     SLOTS,
     STEP,
@@ -21,6 +22,7 @@ from vkllm_shaders.formats import (
     pack,
     pack_vector,
     packed_nbytes,
+    packing,
     row_order,
 )
 from vkllm_shaders.reference_matmul import dequantize
@@ -156,6 +158,20 @@ def test_parts_orders_and_slabs(fmt: str, sizes: list[int], n: int, lanes: int, 
     weights = dequantize(fmt, np.concatenate(parts))
     got = unpack(fmt, out, len(order), n_col, layout)[_packed_index(len(order), layout)]
     np.testing.assert_allclose(got, np.where(order[:, None] >= 0, weights[np.maximum(order, 0)], 0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fmt", CODED)
+def test_slabs_and_parts_of_lane_pair(fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows from several parts, group by group, are packed as a matrix of these rows is in one go."""
+    layout, n_col = Layout("lane_pair"), 3 * FORMATS[fmt].block
+    parts = [random_blocks(fmt, size, n_col, size) for size in (40, 5, 77)]
+    order = np.random.default_rng(1).integers(-1, 122, 300)
+    zeros = np.zeros((1, parts[0].shape[1]), np.uint8)
+    whole, slabs = (np.full(packed_nbytes(fmt, len(order), n_col, layout), fill, np.uint8) for fill in (1, 2))
+    pack(fmt, np.concatenate([*parts, zeros])[order], n_col, layout, whole)
+    monkeypatch.setattr(packing, "SLAB_BYTES", 1)
+    pack(fmt, parts, n_col, layout, slabs, order)
+    assert np.array_equal(whole, slabs)
 
 
 def _packed_index(n: int, layout: Layout) -> np.ndarray:

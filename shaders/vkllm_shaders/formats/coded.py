@@ -18,21 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from vkllm_codegen import Block, Value, f32, i32
 from vkllm_codegen.errors import KernelError
-from vkllm_shaders.formats.codes import BLOCKS, Unpacked
-from vkllm_shaders.formats.words import split_axis
 
 STEP_COLUMNS = 32
 PAIR_ROWS = 4  # rows of a lane: two pairs
 PAIR_LANES = 8
 Load = Callable[[int], Value]
 Kept = TypeVar("Kept")
-U8 = NDArray[np.uint8]
-U32 = NDArray[np.uint32]
 
 
 def code_order(group: int) -> list[tuple[int, int]]:
@@ -228,111 +221,3 @@ class CodedWeights:
         if c.nibbles:
             return ((chosen >> (8 * sub + 4 * which)) & 0xF).bitcast(i32).to(f32)
         return ((chosen << (24 - 8 * sub)).bitcast(i32) >> 24).to(f32)
-
-
-# What the packer writes.
-
-
-def pack_codes(coded: Coded, rows: U8, n_col: int) -> U32:
-    """The texels of some whole groups: u8 [group, row, lane, row_bytes] as in the file → u32 [group, chunk, texel, lane, 4]."""
-    g, r, s = rows.shape[:3]
-    found = BLOCKS[coded.name](rows.reshape(g * r * s, -1))
-    n_chunk = coded.n_chunk(n_col)
-    codes = np.zeros((g, r, s, n_chunk * coded.steps, STEP_COLUMNS), np.uint8)
-    codes[..., : -(-n_col // STEP_COLUMNS), :] = found.codes.reshape(g, r, s, -1, STEP_COLUMNS)
-    out = np.zeros((g, n_chunk, coded.n_texel * 4, s), np.uint32)
-    head = out[:, :, : coded.n_head * 4]
-    body = split_axis(out[:, :, coded.n_head * 4 :], 2, (coded.steps, coded.n_body * 4))
-    words = split_axis(_words(coded, codes), 3, (n_chunk, coded.steps))  # [group, pair, lane, chunk, step, word]
-    for pair in range(2):
-        body[..., pair : 2 * coded.pair_words : 2, :] = words[:, pair].transpose(0, 2, 3, 4, 1)
-    _put_scales(coded, found, (g, r, s), head, body)
-    return np.ascontiguousarray(out.reshape(g, n_chunk, coded.n_texel, 4, s).swapaxes(3, 4))
-
-
-def _words(coded: Coded, codes: U8) -> U32:
-    """codes [group, row, lane, step, column] → u32 [group, pair, lane, step, word]."""
-    quads = codes.view(np.uint32)  # [.., 8]: columns 4 m … 4 m + 3
-    ordered = np.empty_like(quads)
-    for lane in range(PAIR_LANES):
-        ordered[:, :, lane] = quads[:, :, lane][..., np.arange(PAIR_LANES) ^ lane]
-    by_j = ordered.view(np.uint8).reshape(*codes.shape[:4], PAIR_LANES, 4)
-    runs = by_j.reshape(*codes.shape[:4], STEP_COLUMNS // coded.group, -1, 4)  # of those that share a scale
-    halves = _halves(coded, runs.swapaxes(-1, -2).reshape(*codes.shape))
-    return _rows_together(halves)
-
-
-def _rows_together(halves: NDArray[np.uint16]) -> U32:
-    """u16 [group, row, …] → u32 [group, pair, …]."""
-    words: U32 = halves[:, 1::2].astype(np.uint32) << np.uint32(16)
-    words |= halves[:, 0::2]
-    return words
-
-
-def _halves(coded: Coded, fields: U8) -> NDArray[np.uint16]:
-    """codes [.., 32] in their order → u16 [.., pair_words]."""
-    if coded.bits == 6:
-        c = fields.reshape(*fields.shape[:-1], 4, 8).astype(np.uint16)
-        a = c[..., 0] | c[..., 1] << 6 | (c[..., 6] & 15) << 12
-        b = c[..., 2] | c[..., 3] << 6 | (c[..., 7] & 15) << 12
-        third = c[..., 4] | c[..., 5] << 6 | (c[..., 6] >> 4) << 12 | (c[..., 7] >> 4) << 14
-        return np.stack([a, b, third], axis=-1).reshape(*fields.shape[:-1], 12)
-    per_word = 16 // coded.bits
-    out = np.zeros((*fields.shape[:-1], coded.pair_words), np.uint16)
-    for i in range(per_word):
-        part = fields[..., i::per_word].astype(np.uint16)
-        out[..., : part.shape[-1]] |= part << np.uint16(i * coded.bits)
-    return out
-
-
-def _put_scales(coded: Coded, found: Unpacked, shape: tuple[int, ...], head: U32, body: U32) -> None:
-    """head [group, chunk, word, lane], body [group, chunk, step, word, lane]; `shape`: (groups, rows, lanes)."""
-    n_chunk, tail = head.shape[1], 2 * coded.pair_words
-
-    def per_row(values: Any, n: int) -> Any:
-        """[row, block, …] → [group, row, lane, n blocks (zeros after those there are), …]."""
-        out = np.zeros((len(values), n, *values.shape[2:]), values.dtype)
-        out[:, : values.shape[1]] = values
-        return out.reshape(*shape, n, *values.shape[2:])
-
-    def pairs(values: Any) -> Any:
-        """f16 bits [row, block] → words [group, chunk, block of it, pair, lane]."""
-        halves = per_row(values, n_chunk * (coded.steps if coded.chunk == 32 or coded.scales == "head" else 1))
-        words = _rows_together(halves)
-        return words.reshape(*words.shape[:3], n_chunk, -1).transpose(0, 3, 4, 1, 2)
-
-    if coded.scales == "tail":
-        body[..., tail : tail + 2, :] = pairs(found.d)
-    elif coded.scales == "head":
-        for first, values in enumerate((found.d, found.minimum)[: 1 + coded.minimum]):
-            assert values is not None
-            split_axis(head[:, :, 4 * first : 4 * first + 4], 2, (2, 2))[...] = pairs(values)
-    elif found.minimum is None:
-        head[:, :, :2] = pairs(found.d)[:, :, 0]
-    else:
-        both = found.d.astype(np.uint32) | found.minimum.astype(np.uint32) << 16
-        head[:, :, :4] = per_row(both, n_chunk).transpose(0, 3, 1, 2)
-    if found.scales is None:
-        return
-
-    # The K-quants' 8 bits a group.
-    scales = per_row(found.scales, n_chunk)  # [group, row, lane, chunk, 8 or 16]
-    if coded.group == 16:
-        by_step = split_axis(scales, 4, (8, 2))
-        by_step[:, :, 4:] = by_step[:, :, 4:, ..., ::-1].copy()
-        split_axis(head[:, :, 4 if coded.minimum else 2 :][:, :, :16], 2, (4, 4))[...] = _as_words(scales).transpose(
-            0, 3, 1, 4, 2
-        )
-        return
-    assert found.minimums is not None
-    for which, values in enumerate((scales, per_row(found.minimums, n_chunk))):
-        if coded.scales == "tail_bytes":
-            body[..., tail + which, :] = _as_words(values.transpose(0, 3, 4, 2, 1))[..., 0]  # a byte a row
-        else:
-            places = split_axis(head[:, :, 4:20], 2, (2, 4, 2))[..., which, :]  # [group, chunk, half, row, lane]
-            places[...] = _as_words(values).transpose(0, 3, 4, 1, 2)
-
-
-def _as_words(values: U8) -> U32:
-    """[.., 4 n] → [.., n]."""
-    return np.ascontiguousarray(values).view(np.uint32)

@@ -1,4 +1,7 @@
-"""ggml's blocks taken apart by numpy: a code for each weight, and what scales them.
+"""ggml's blocks taken apart by numpy, four rows at a time: a code for each weight, and what scales them.
+
+A *plane* is u64 [lane, chunk]: 16 bits of each of a lane's four rows, the first row's lowest. Operations that keep to bytes or to
+16 bits treat the rows of many chunks at once, whole vectors of them. Codes lie in scratch memory.
 
 Source: ggml's quantization formats as gguf.quants dequantizes them.
 """
@@ -11,119 +14,124 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-U8 = NDArray[np.uint8]
-U16 = NDArray[np.uint16]
+from vkllm_shaders.formats.scratch import scratch
+
+U64 = NDArray[np.uint64]
+
+BYTES, HALVES = 0x0101010101010101, 0x0001000100010001  # one in each
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """Rows of a type: codes u8 [row, column]; d and minimum, f16 bits u16 [row, block]; of K-quants, u8 [row, block, group]:
-    scales and minimums (signed ones in two's complement; Q2_K has both in a byte of scales)."""
+    """Planes of a chunk: codes [step, 16, …], two columns in 16 bits; d and minimum, f16 bits [block, …]; of K-quants, two 8-bit
+    groups in 16 bits: scales and minimums [n / 2, …] (signed ones in two's complement; Q2_K has both in a byte of scales)."""
 
-    codes: U8
-    d: U16
-    minimum: U16 | None = None
-    scales: U8 | None = None
-    minimums: U8 | None = None
-
-
-def _blocks(rows: U8, nbytes: int) -> U8:
-    return rows.reshape(len(rows), -1, nbytes)
+    codes: U64
+    d: U64
+    minimum: U64 | None = None
+    scales: U64 | None = None
+    minimums: U64 | None = None
 
 
-def _half(blocks: U8, at: int) -> U16:
-    """The f16 bits at a byte of each block."""
-    return np.ascontiguousarray(blocks[..., at : at + 2]).view(np.uint16)[..., 0]
+Unpack = Callable[[U64], Unpacked]  # of planes [block of a chunk, u16 of a block, …]
 
 
-def _nibbles(bytes_: U8) -> U8:
-    """[.., n] → [.., 2, n]: the low ones, then the high ones."""
-    out = np.empty((*bytes_.shape[:-1], 2, bytes_.shape[-1]), np.uint8)
-    np.bitwise_and(bytes_, 15, out=out[..., 0, :])
-    np.right_shift(bytes_, 4, out=out[..., 1, :])
+def moved(planes: U64, shift: int, mask: int, out: U64 | None = None) -> U64:
+    """Bits shifted up, or down where `shift` is negative, and those of `mask` taken."""
+    if shift:
+        planes = out = np.left_shift(planes, shift, out=out) if shift > 0 else np.right_shift(planes, -shift, out=out)
+    return np.bitwise_and(planes, mask, out=out)
+
+
+def add_moved(out: U64, planes: U64, shift: int, mask: int) -> None:
+    """Set the moved bits in `out`."""
+    out |= moved(planes, shift, mask, scratch("moved", planes.shape))
+
+
+def _split(planes: U64, bits: int, *shape: int) -> U64:
+    """[n, lane, chunk], split to [*shape, lane, chunk] → [.., 8 / bits, last of shape, lane, chunk]: low bits of bytes first."""
+    planes = planes.reshape(*shape, *planes.shape[1:])
+    out = scratch("codes", (*shape[:-1], 8 // bits, *planes.shape[-3:]))
+    for i in range(8 // bits):
+        moved(planes, -bits * i, ((1 << bits) - 1) * BYTES, out[..., i, :, :, :])
     return out
 
 
-def _flat(codes: U8) -> U8:
-    return codes.reshape(len(codes), -1)
-
-
-def _simple(nbytes: int, *, five: bool = False, minimum: bool = False) -> Callable[[U8], Unpacked]:
+def _simple(*, five: bool = False, minimum: bool = False) -> Unpack:
     """Q4_0, Q4_1, Q5_0, Q5_1."""
 
-    def unpack(rows: U8) -> Unpacked:
-        blocks = _blocks(rows, nbytes)
-        codes = _nibbles(blocks[..., -16:]).reshape(*blocks.shape[:2], 32)
+    def unpack(blocks: U64) -> Unpacked:
+        codes = scratch("codes", (len(blocks), 2, 8, *blocks.shape[2:]))
+        for half in range(2):
+            moved(blocks[:, -8:], -4 * half, 15 * BYTES, codes[:, half])
         if five:
-            fifths = np.unpackbits(blocks[..., -20:-16], axis=-1, bitorder="little")
-            codes |= fifths << 4
-        return Unpacked(_flat(codes), _half(blocks, 0), _half(blocks, 2) if minimum else None)
+            for i in range(8):  # bits 2 i and 2 i + 1 of each half of the fifths
+                add_moved(codes[:, :, i], blocks[:, -10:-8], 4 - 2 * i, HALVES << 4)
+                add_moved(codes[:, :, i], blocks[:, -10:-8], 11 - 2 * i, HALVES << 12)
+        steps = codes.reshape(len(codes), 16, *codes.shape[3:])
+        return Unpacked(steps, blocks[:, 0], blocks[:, 1] if minimum else None)
 
     return unpack
 
 
-def _q8_0(rows: U8) -> Unpacked:
-    blocks = _blocks(rows, 34)
-    return Unpacked(_flat(blocks[..., 2:] ^ 0x80), _half(blocks, 0))
+def _q8_0(blocks: U64) -> Unpacked:
+    codes = scratch("codes", blocks[:, 1:].shape)
+    return Unpacked(np.bitwise_xor(blocks[:, 1:], 0x80 * BYTES, out=codes), blocks[:, 0])
 
 
-def _k_quant(nbytes: int, *, five: bool = False) -> Callable[[U8], Unpacked]:
+def _k_quant(*, five: bool = False) -> Unpack:
     """Q4_K, Q5_K: eight groups of 32; the nibbles of 32 bytes are two of them."""
 
-    def unpack(rows: U8) -> Unpacked:
-        blocks = _blocks(rows, nbytes)
-        codes = _nibbles(blocks[..., -128:].reshape(*blocks.shape[:2], 4, 32))
+    def unpack(blocks: U64) -> Unpacked:
+        (block,) = blocks
+        codes = _split(block[-64:], 4, 4, 16).reshape(8, 16, *block.shape[1:])
         if five:
-            bits = blocks[..., 16:48, None] >> np.arange(8, dtype=np.uint8) & 1  # [row, block, column, group]
-            codes |= bits.swapaxes(-1, -2).reshape(codes.shape) << np.uint8(4)
-        packed = blocks[..., 4:16]
-        first, second, upper = packed[..., :4], packed[..., 4:8], packed[..., 8:]
-        scales = np.concatenate([first & 63, (upper & 15) | (first >> 6) << 4], axis=-1)
-        minimums = np.concatenate([second & 63, (upper >> 4) | (second >> 6) << 4], axis=-1)
-        return Unpacked(_flat(codes), _half(blocks, 0), _half(blocks, 2), scales, minimums)
+            for group in range(8):
+                add_moved(codes[group], block[8:24], 4 - group, 16 * BYTES)
+        first, second, upper = block[2:4], block[4:6], block[6:8]
+        scales = [moved(first, 0, 63 * BYTES), moved(upper, 0, 15 * BYTES) | moved(first, -2, 48 * BYTES)]
+        minimums = [moved(second, 0, 63 * BYTES), moved(upper, -4, 15 * BYTES) | moved(second, -2, 48 * BYTES)]
+        return Unpacked(codes, blocks[:, 0], blocks[:, 1], np.concatenate(scales), np.concatenate(minimums))
 
     return unpack
 
 
-def _two_bits(bytes_: U8) -> U8:
-    """[.., n] → [.., 4, n]: bits 0 and 1 of each byte, then 2 and 3 …"""
-    return np.stack([(bytes_ >> shift) & 3 for shift in (0, 2, 4, 6)], axis=-2)
+def _q2_k(blocks: U64) -> Unpacked:
+    (block,) = blocks
+    codes = _split(block[8:40], 2, 2, 16)  # [half, quarter, …]
+    return Unpacked(codes.reshape(8, 16, *block.shape[1:]), blocks[:, 40], blocks[:, 41], block[:8])
 
 
-def _q2_k(rows: U8) -> Unpacked:
-    blocks = _blocks(rows, 84)
-    codes = _two_bits(blocks[..., 16:80].reshape(*blocks.shape[:2], 2, 32))
-    return Unpacked(_flat(codes), _half(blocks, 80), _half(blocks, 82), blocks[..., :16])
+def _q3_k(blocks: U64) -> Unpacked:
+    (block,) = blocks
+    codes = _split(block[16:48], 2, 2, 16).reshape(8, 16, *block.shape[1:])
+    for step in range(8):
+        add_moved(codes[step], block[:16], 2 - step, 4 * BYTES)
+    six = [moved(block[48:52], -4 * (i // 2), 15 * BYTES)[i % 2 * 2 :][:2] for i in range(4)]
+    six = [low | moved(block[52:54], 4 - 2 * i, 48 * BYTES) for i, low in enumerate(six)]
+    less = np.bitwise_xor(np.concatenate(six), 32 * BYTES)  # less 32, in 6 bits
+    add_moved(less, less, 1, 64 * BYTES)
+    add_moved(less, less, 1, 128 * BYTES)
+    return Unpacked(codes, blocks[:, 54], scales=less)
 
 
-def _q3_k(rows: U8) -> Unpacked:
-    blocks = _blocks(rows, 110)
-    codes = _two_bits(blocks[..., 32:96].reshape(*blocks.shape[:2], 2, 32))
-    thirds = blocks[..., None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    codes |= thirds.reshape(codes.shape) << 2
-    low, upper = _nibbles(blocks[..., 96:104]), _two_bits(blocks[..., 104:108])
-    six = low.reshape(*upper.shape) | upper << 4
-    return Unpacked(_flat(codes), _half(blocks, 108), scales=(six - 32).reshape(*blocks.shape[:2], 16))
+def _q6_k(blocks: U64) -> Unpacked:
+    (block,) = blocks
+    codes = _split(block[:64], 4, 2, 32).reshape(2, 4, 16, *block.shape[1:])  # [half, quarter, …]
+    for quarter in range(4):
+        add_moved(codes[:, quarter], block[64:96].reshape(2, 16, *block.shape[1:]), 4 - 2 * quarter, 48 * BYTES)
+    return Unpacked(codes.reshape(8, 16, *block.shape[1:]), blocks[:, 104], scales=block[96:104])
 
 
-def _q6_k(rows: U8) -> Unpacked:
-    blocks = _blocks(rows, 210)
-    n = blocks.shape[:2]
-    low = blocks[..., :128].reshape(*n, 2, 2, 32)  # [.., half, quarter % 2, column]
-    upper = _two_bits(blocks[..., 128:192].reshape(*n, 2, 32))  # [.., half, quarter, column]
-    codes = np.concatenate([low & 15, low >> 4], axis=-2) | upper << 4
-    return Unpacked(_flat(codes), _half(blocks, 208), scales=blocks[..., 192:208])
-
-
-BLOCKS: dict[str, Callable[[U8], Unpacked]] = {
-    "Q4_0": _simple(18),
-    "Q4_1": _simple(20, minimum=True),
-    "Q5_0": _simple(22, five=True),
-    "Q5_1": _simple(24, five=True, minimum=True),
+BLOCKS: dict[str, Unpack] = {
+    "Q4_0": _simple(),
+    "Q4_1": _simple(minimum=True),
+    "Q5_0": _simple(five=True),
+    "Q5_1": _simple(five=True, minimum=True),
     "Q8_0": _q8_0,
     "Q2_K": _q2_k,
     "Q3_K": _q3_k,
-    "Q4_K": _k_quant(144),
-    "Q5_K": _k_quant(176, five=True),
+    "Q4_K": _k_quant(),
+    "Q5_K": _k_quant(five=True),
     "Q6_K": _q6_k,
 }

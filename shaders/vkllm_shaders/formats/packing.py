@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.formats.base import U16, U32, Format
-from vkllm_shaders.formats.coded import coded_of, pack_codes
+from vkllm_shaders.formats.code_words import pack_codes
+from vkllm_shaders.formats.coded import coded_of
 from vkllm_shaders.formats.layout import Layout
+from vkllm_shaders.formats.scratch import scratch
 from vkllm_shaders.formats.table import format_of
 from vkllm_shaders.formats.words import split_axis
 
@@ -67,13 +69,13 @@ def pack(
     def work(first: int) -> None:
         last = min(first + slab_groups, groups)
         wanted = order[first * layout.group_rows : last * layout.group_rows]
+        slab = out[first * slab_bytes : last * slab_bytes]
         if layout.kind == "lane_pair":
-            rows = _gather(parts, wanted, f.row_bytes(n_col))
-            texels = pack_codes(coded_of(f.name), rows.reshape(last - first, layout.rows, layout.lanes, -1), n_col)
+            rows = _gather(parts, wanted, f.row_bytes(n_col)).reshape(last - first, layout.rows, layout.lanes, -1)
+            pack_codes(coded_of(f.name), rows, n_col, slab)
         else:
             whole = f.n_chunk(n_col) * (f.chunk // f.block) * f.block_bytes
-            texels = _pack_slab(f, _gather(parts, wanted, whole), n_col, layout)
-        out[first * slab_bytes : last * slab_bytes] = texels.reshape(-1).view(np.uint8)
+            slab[...] = _pack_slab(f, _gather(parts, wanted, whole), n_col, layout).reshape(-1).view(np.uint8)
 
     slabs = range(0, groups, slab_groups)
     if threads > 1 and len(slabs) > 1:
@@ -85,20 +87,21 @@ def pack(
 
 
 def _gather(parts: Sequence[NDArray[np.uint8]], order: NDArray[np.integer[Any]], width: int) -> NDArray[np.uint8]:
-    """Rows of the file in packed order, zero-padded to `width` bytes."""
+    """Rows of the file in packed order, zero-padded to `width` bytes, in scratch memory."""
     used = parts[0].shape[1]
-    rows = np.zeros((len(order), width), np.uint8)
-    start = 0
+    rows = scratch("rows", (len(order), width), np.uint8)
+    found, start = np.zeros(len(order), np.bool_), 0
     for part in parts:
         index = order - start
         mine = (index >= 0) & (index < len(part))
-        if mine.all() and (np.diff(index) == 1).all():
-            rows[:, :used] = part[index[0] : index[-1] + 1]
-        elif mine.any():
-            at = np.flatnonzero(mine)
-            for target, source in zip(at.tolist(), index[at].tolist(), strict=True):
-                rows[target, :used] = part[source]
+        if width == used and mine.all():
+            return part.take(index, axis=0, out=rows, mode="clip")
+        source = index[mine]
+        rows[mine, :used] = part.take(source, axis=0, out=scratch("part", (len(source), used), np.uint8), mode="clip")
+        found |= mine
         start += len(part)
+    rows[~found] = 0
+    rows[:, used:] = 0
     return rows
 
 
