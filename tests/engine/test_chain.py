@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from vkllm.chain import ModelChain, Rows, Span
-from vkllm.config import ModelConfig, RuntimeConfig
+from vkllm.config import Activations, ModelConfig, RuntimeConfig
 from vkllm.errors import ConfigError, UnsupportedModelError
 from vkllm.files import resolve_model
 from vkllm.files.gguf import GGUFFile
@@ -16,6 +16,8 @@ from vkllm.kv_cache import BlockPool, BlockTable
 from vkllm.models import build_graph
 from vkllm.schedule import Access, Dispatch, Touch, unordered_hazards
 from vkllm.vk import MINIMUM_LIMITS, BarrierCommand, BufferLike, Command, DeviceLimits, DispatchCommand, NullDevice
+
+EIGHT_LANES = replace(MINIMUM_LIMITS, subgroup_size=8)
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,12 @@ def tiny() -> Iterator[GGUFFile]:
         yield file
 
 
-@pytest.mark.parametrize("kind", ["cpu", "discrete"])
+@pytest.mark.parametrize(("kind", "activations"), [("cpu", "f32"), ("cpu", "int8"), ("discrete", "f32")])
 @pytest.mark.parametrize("n_row", [1, 8])
-def test_no_hazard_is_unordered_and_no_barrier_is_superfluous(tiny: GGUFFile, kind: str, n_row: int) -> None:
-    recorder = Recorder(tiny, RuntimeConfig(n_ctx=256, submit_ms=1e9), kind)
+def test_no_hazard_is_unordered_and_no_barrier_is_superfluous(
+    tiny: GGUFFile, kind: str, activations: Activations, n_row: int
+) -> None:
+    recorder = Recorder(tiny, RuntimeConfig(n_ctx=256, submit_ms=1e9, activations=activations), kind, EIGHT_LANES)
     recorder.forward(n_row)
     commands, access = recorder.commands(), recorder.access()
 
@@ -96,8 +100,11 @@ def test_a_bucket_is_recorded_once_and_replayed(tiny: GGUFFile) -> None:
     assert len(recorder.device.recordings) == 2
 
 
-def test_dispatches_a_layer(tiny: GGUFFile) -> None:
-    chain = Recorder(tiny, RuntimeConfig(n_ctx=256), "cpu").chain
+@pytest.mark.parametrize("activations", ["f32", "int8"])
+def test_dispatches_a_layer(tiny: GGUFFile, activations: Activations) -> None:
+    """Of one row: who makes activations writes them in 8 bits too."""
+    chain = Recorder(tiny, RuntimeConfig(n_ctx=256, activations=activations), "cpu", EIGHT_LANES).chain
+    assert chain.activations == activations
     assert chain.dispatches_per_layer == 5
     assert chain.dispatches_per_token == 5 * chain.graph.config.n_layer + 4
 
