@@ -86,6 +86,17 @@ def test_tokens_equal_those_of_single_runs(single: LLMEngine, engine: LLMEngine,
         assert batch.pool.n_free == batch.pool.n_block
 
 
+def test_in_int8_tokens_equal_those_of_single_runs(single: LLMEngine) -> None:
+    """Rows share the words of a record in pairs, and only some of them have logits."""
+    ids = single.tokenizer.encode(TEXT)
+    prompts, runtime = [ids[a:b] for a, b in ((0, 50), (3, 4), (7, 40), (1, 34), (11, 30))], replace(MANY, activations="int8")
+    with LLMEngine.init_model("tiny", replace(ALONE, activations="int8")) as alone:
+        expected = [alone.generate_result(prompt, GREEDY).token_ids for prompt in prompts]
+    with LLMEngine.init_model("tiny", runtime) as engine, BatchEngine(engine) as batch:
+        handles = [batch.submit(prompt, GREEDY) for prompt in prompts]
+        assert [handle.result().token_ids for handle in handles] == expected
+
+
 def test_preempted_sequences_lose_nothing(single: LLMEngine, engine: LLMEngine) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
     with BatchEngine(engine, n_block=6) as batch:  # three streams of four blocks each
