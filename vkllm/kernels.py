@@ -361,7 +361,7 @@ class Lowering:
         own_buffers = {f"{name}_2": second.buffers[name] for name in OWN_BINDINGS}
         own_push = {f"{name}_2": second.push[name] for name in OWN_PUSH}
         groups = pair_groups(first.spec, second.spec, (first.n_packed, second.n_packed), n_row)
-        n_first = first.spec.groups(first.n_packed, n_row)[0]
+        n_first = first.spec.groups(first.n_packed, n_row)[first.spec.row_axis]
         kernel = self._kernels.get(matmul_pair, first.spec, second.spec)
         push = first.push | own_push | {"n_first": n_first}
         return self._make(op, kernel, first.buffers | own_buffers, push, groups, first.cost_us + second.cost_us)

@@ -213,7 +213,7 @@ def test_a_pair_gives_the_bits_of_its_products(pair: tuple[str, str], tile: int)
     assert np.array_equal(first.buffers["x"], second.buffers["x"])
     second.push["first_row"] = 70
     push = first.push | {f"{name}_2": second.push[name] for name in OWN_PUSH} | {"y_stride": 110}
-    push |= {"n_first": first.spec.groups(len(first.order), 3)[0]}
+    push |= {"n_first": first.spec.groups(len(first.order), 3)[first.spec.row_axis]}
     buffers = first.buffers | {f"{name}_2": second.buffers[name] for name in OWN_BINDINGS if name in second.buffers}
     kernel = matmul_pair(first.spec, second.spec)
     got = run_on_device(

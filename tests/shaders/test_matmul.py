@@ -229,7 +229,7 @@ def test_two_formats_in_one_dispatch(biases: tuple[bool, bool], tile: int, n_tok
     kernel = matmul_pair(first.spec, second.spec)
     groups = pair_groups(first.spec, second.spec, (len(first.order), len(second.order)), n_token)
     push = first.push | {f"{name}_2": second.push[name] for name in OWN_PUSH}
-    push |= {"y_stride": 103, "n_first": first.spec.groups(len(first.order), n_token)[0]}
+    push |= {"y_stride": 103, "n_first": first.spec.groups(len(first.order), n_token)[first.spec.row_axis]}
     buffers = first.buffers | {f"{name}_2": second.buffers[name] for name in OWN_BINDINGS if name in second.buffers}
     buffers["y"] = np.full((n_token, 103), np.nan, np.float32)
     check_kernel(

@@ -25,9 +25,9 @@ class Body:
         self.fmt: Format = format_of(spec.fmt)
         self.rows, self.tile = spec.layout.rows, spec.tile
         self.lane = b.subgroup_lane()
-        workgroup = b.workgroup_id(0) if workgroup is None else workgroup
+        workgroup = b.workgroup_id(spec.row_axis) if workgroup is None else workgroup
         self.group = workgroup * spec.side_by_side if spec.on_lavapipe else workgroup * spec.subgroups + b.subgroup_id()
-        self.first_token = b.workgroup_id(1) * spec.tile
+        self.first_token = b.workgroup_id(1 - spec.row_axis) * spec.tile
         self.expert_group = self._find_expert() if spec.experts else None
         self.acc = [[b.var(f32, 0.0) for _ in range(self.rows * spec.side_by_side)] for _ in range(self.tile)]
         self.squares = [b.var(f32, 0.0) for _ in range(self.tile)] if spec.norm and not spec.from_records else []
@@ -48,7 +48,7 @@ class Body:
 
     def _find_expert(self) -> Value:
         """The first row group of the expert's weights. A tile without one has no chunks to walk along, and no rows to write."""
-        expert = self.bufs["ids"][self.b.workgroup_id(1)]
+        expert = self.bufs["ids"][self.b.workgroup_id(1 - self.spec.row_axis)]
         if self.spec.in_tiles:
             left_over = {name: self.b.select(expert == NO_SLOT, 0, self.push[name]) for name in ("n_chunk", "n_token")}
             self.push = self.push | left_over

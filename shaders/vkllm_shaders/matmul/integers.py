@@ -15,6 +15,7 @@ from vkllm_shaders.matmul.spec import MatmulSpec
 from vkllm_shaders.records import LANES, over_lanes
 from vkllm_shaders.sums import added, tree_sum
 
+FLAT_STEPS = 2  # of a chunk, up to which all steps are walked in one loop
 CENTER_TOKENS = 4  # from so many on it is cheaper to take the middle from each code than from each part of a sum
 
 
@@ -29,23 +30,26 @@ class IntegerBody(Body):
 
     def walk(self) -> None:
         b, c, push = self.b, self.coded, self.push
-        last = push["n_group"] - 1
+        last, n_group = push["n_group"] - 1, push["x_stride"]
         starts = [self.of_expert(b.min(self.group + i, last)) * push["n_chunk"] for i in range(self.spec.side_by_side)]
-        n_group = push["x_stride"]
-        with b.range(0, push["n_chunk"]) as chunk:
+
+        def chunk_texels(chunk: Value) -> tuple[list[Value], list[list[Value]]]:
+            """Where the chunk of each row group begins, and its head."""
             bases = [(start + chunk) * (c.n_texel * LANES) + self.lane for start in starts]
-            heads = [[self.bufs["w"][base + j * LANES] for j in range(c.n_head)] for base in bases]
+            return bases, [[self.bufs["w"][base + j * LANES] for j in range(c.n_head)] for base in bases]
 
-            def step(i: Value | int, group: Value) -> None:
-                weights = [self._weights(head, base, i) for head, base in zip(heads, bases, strict=True)]
-                self._multiply(weights, Records(self, group))
+        def step(bases: list[Value], heads: list[list[Value]], i: Value | int, group: Value) -> None:
+            weights = [self._weights(head, base, i) for head, base in zip(heads, bases, strict=True)]
+            self._multiply(weights, Records(self, group))
 
-            if c.steps == 1:
-                step(0, chunk)
-            else:
-                first = chunk * c.steps
-                with b.range(0, b.min(n_group - first, c.steps)) as i:
-                    step(i, first + i)
+        if c.steps <= FLAT_STEPS:  # a loop in a loop costs more than loading a short head again
+            with b.range(0, b.min(n_group, push["n_chunk"] * c.steps)) as group:
+                step(*chunk_texels(group // c.steps), group % c.steps if c.steps > 1 else 0, group)
+            return
+        with b.range(0, push["n_chunk"]) as chunk:
+            texels, first = chunk_texels(chunk), chunk * c.steps
+            with b.range(0, b.min(n_group - first, c.steps)) as i:
+                step(*texels, i, first + i)
 
     def _weights(self, head: list[Value], base: Value, step: Value | int) -> CodedWeights:
         c, w = self.coded, self.bufs["w"]

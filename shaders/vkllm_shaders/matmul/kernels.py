@@ -75,12 +75,13 @@ def matmul_pair(first: MatmulSpec, second: MatmulSpec) -> Kernel:
     local = first.lanes * (1 if first.on_lavapipe else first.subgroups)
 
     def body(b: Block, bufs: dict[str, Buffer], push: dict[str, Value]) -> None:
-        with b.when(b.workgroup_id(0) < push["n_first"]):
+        workgroup = b.workgroup_id(first.row_axis)
+        with b.when(workgroup < push["n_first"]):
             _body(first)(b, first, bufs, push).emit()
         with b.otherwise():
             other = {name.removesuffix("_2"): buffer for name, buffer in bufs.items() if name.endswith("_2")}
             numbers = {name: push[f"{name}_2"] for name in OWN_PUSH}
-            _body(second)(b, second, bufs | other, push | numbers, b.workgroup_id(0) - push["n_first"]).emit()
+            _body(second)(b, second, bufs | other, push | numbers, workgroup - push["n_first"]).emit()
 
     return trace(f"{first.name}_and_{second.fmt.lower()}", shared | own, push_names, {}, local, body, "two products of one x")
 
@@ -88,4 +89,4 @@ def matmul_pair(first: MatmulSpec, second: MatmulSpec) -> Kernel:
 def pair_groups(first: MatmulSpec, second: MatmulSpec, n_packed: tuple[int, int], n_token: int) -> tuple[int, int, int]:
     """Workgroups of a pair's dispatch; see MatmulSpec.groups."""
     a, b = first.groups(n_packed[0], n_token), second.groups(n_packed[1], n_token)
-    return a[0] + b[0], *a[1:]
+    return (a[0] + b[0], *a[1:]) if first.row_axis == 0 else (a[0], a[1] + b[1], 1)

@@ -124,7 +124,14 @@ class MatmulSpec:
         all tiles where experts.tiles made them."""
         n_group = self.layout.n_group(n_packed_row)
         together = self.side_by_side if self.on_lavapipe else self.subgroups
-        return -(-n_group // together), -(-n_token // self.tile), 1
+        counts = -(-n_group // together), -(-n_token // self.tile)
+        return counts[self.row_axis], counts[1 - self.row_axis], 1
+
+    @property
+    def row_axis(self) -> int:
+        """Which dimension of the grid counts row groups; the other counts tiles of tokens. Where a row group's weights fit a
+        cache, and a prompt's x too, the tiles go first."""
+        return int(self.from_records and self.tile > 1)
 
 
 def push_constants(spec: MatmulSpec) -> dict[str, DType]:
