@@ -18,7 +18,7 @@ from vkllm.config import MAX_DRAFT, Activations, Speculate
 from vkllm.diff import nmse
 from vkllm.errors import NonFiniteError
 from vkllm.speculation import DraftPlanner, Speculator
-from vkllm.vk import list_devices
+from vkllm.vk import Device, list_devices
 
 TEXT = "Once upon a time there was a small dog. The small dog lived near the river. The small dog"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
@@ -101,10 +101,13 @@ def test_also_with_other_kernels(options: dict[str, str], monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("kind", "activations"), [("f32", "f32"), ("q4_0", "int8")])
-def test_also_on_another_model(shared_data: Path, kind: str, activations: Activations, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_also_on_another_model(
+    shared_data: Path, kind: str, activations: Activations, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with open_engine(shared_data / "stories260K" / f"stories260K-{kind}.gguf", activations=activations) as engine:
         for params in (GREEDY, SEEDED):
-            lengths = (1, 2, 3, 6, 11) if activations == "f32" else (1,)  # int8: with more rows a near tie turns
+            exact = activations == "f32" or device.info.kind == "cpu"  # int8 on GPUs: with more rows a near tie turns
+            lengths = (1, 2, 3, 6, 11) if exact else (1,)
             compare(engine, replace(params, max_tokens=100), monkeypatch, "Once upon a time", lengths)
 
 
