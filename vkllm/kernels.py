@@ -416,9 +416,7 @@ class Lowering:
             activations="f32" if kind == "lane_row" else self.activations,
             gather=gather,
             large=self._large(matrix),
-            side_by_side=(2 if records and epilogue == "swiglu" else self._choices.side_by_side)
-            if kind == "lane_pair" and tile == 1
-            else 1,
+            side_by_side=2 if records and epilogue == "swiglu" else self._side_by_side(matrix, tile),
             records=records,
             scale=op.scale if isinstance(op, Linear) else 1.0,
             softcap=op.softcap if isinstance(op, Linear) else 0.0,
@@ -431,6 +429,12 @@ class Lowering:
         """Tokens a workgroup of a matrix product, for a bucket of rows."""
         best = min(self._choices.tile, MAX_FLOAT_TILE) if kind == "lane_row" else self._choices.tile
         return n_row if n_row <= 2 else min(best, n_row) if kind == "lane_pair" else best
+
+    def _side_by_side(self, matrix: Matrix, tile: int) -> int:
+        """Row groups that an integer product takes together: in tiles only where its code stays small enough for two."""
+        if matrix.layout.kind != "lane_pair":
+            return 1
+        return self._choices.side_by_side if tile <= 2 else 2 if CODED[matrix.fmt].bits in (4, 5) else 1
 
     def _large(self, matrix: Matrix) -> bool:
         """Must the GPU schedule read this matrix through a texel view, because no storage buffer reaches that far?"""

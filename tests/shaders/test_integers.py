@@ -33,8 +33,20 @@ class Selecting(Numpy):
 class Step(Number):
     """A step that a kernel knows only when it runs."""
 
-    def __lt__(self, end: int) -> Number:
-        return Number(self.a < end)
+    def __and__(self, other: int) -> Step:
+        return Step(self.a & other)
+
+    def __rshift__(self, other: int) -> Step:
+        return Step(self.a >> other)
+
+    def __add__(self, other: int) -> Step:
+        return Step(self.a + other)
+
+    def __eq__(self, other: object) -> Number:  # type: ignore[override]
+        return Number(self.a == other)
+
+    def __index__(self) -> int:
+        return int(self.a)
 
 
 def unpack(fmt: str, packed: np.ndarray, n_row: int, n_col: int) -> np.ndarray:

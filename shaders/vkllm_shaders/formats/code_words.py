@@ -94,21 +94,17 @@ def _put_scales(coded: Coded, found: Unpacked, head: U64, body: U64) -> None:
     if found.scales is None:
         return
 
-    # The K-quants' 8 bits a group.
+    # The K-quants' 8 bits a group, a unit a step.
+    steps = body[:, coded.pair_words] if coded.scales == "tail_bytes" else head[2:]
     if coded.group == 16:
-        scales, units = found.scales.copy(), head[1 + coded.minimum :][:8]
+        scales = found.scales.copy()
         late = scales[:, 4:]  # these lanes begin with the last 16 columns
         scales[:, 4:] = moved(late, 8, LOW_BYTES << 8) | moved(late, -8, LOW_BYTES)
-        for half in range(2):
-            _rows_apart(scales[4 * half : 4 * half + 4], units[half::2])
+        steps[...] = _row_bytes(scales, 0) | _row_bytes(scales, 1) << 32
         return
     assert found.minimums is not None
     for half in range(2):
-        if coded.scales == "bytes":
-            planes = np.concatenate([values[2 * half : 2 * half + 2] for values in (found.scales, found.minimums)])
-            _rows_apart(planes, head[2 + 4 * half : 6 + 4 * half])
-        else:
-            body[half::2, coded.pair_words] = _row_bytes(found.scales, half) | _row_bytes(found.minimums, half) << 32
+        steps[half::2] = _row_bytes(found.scales, half) | _row_bytes(found.minimums, half) << 32
 
 
 def _rows_apart(planes: U64, units: U64) -> None:

@@ -24,7 +24,7 @@ from vkllm_codegen.errors import KernelError
 STEP_COLUMNS = 32
 PAIR_ROWS = 4  # rows of a lane: two pairs
 PAIR_LANES = 8
-Load = Callable[[int], Value]
+Load = Callable[[Value | int], Value]
 Kept = TypeVar("Kept")
 
 
@@ -43,8 +43,9 @@ class Coded:
     """One ggml type as codes. `group`: weights that share a scale; `steps` a chunk.
 
     scales: "tail" (an f16 a row and step, in the body), "head" (the same for both steps of a chunk, in the head; with `minimum`
-    they are followed by the minimums), or of K-quants "bytes" (d and minimum as f16 in the head, times 8 bits a group there) and
-    "tail_bytes" (those 8 bits in the body); `signed` bytes, or with `nibbles` scale and minimum in one.
+    they are followed by the minimums), or of K-quants "bytes" or "tail_bytes": d (and what scales the minimums) as f16 in the
+    first head texel, and for each step two words with a byte a row, in the head behind it or in the body. The words are scales
+    and minimums, or where 16 weights share a scale those of either half; `signed` bytes, or with `nibbles` scale and minimum.
     """
 
     name: str
@@ -112,7 +113,7 @@ CODED: dict[str, Coded] = {
         Coded("Q5_1", 5, 0, minimum=True),
         Coded("Q8_0", 8, 128),
         Coded("Q2_K", 2, 0, 16, steps=8, minimum=True, scales="bytes", nibbles=True),
-        Coded("Q3_K", 3, 4, 16, steps=8, scales="bytes", signed=True),
+        Coded("Q3_K", 3, 4, 16, steps=8, scales="tail_bytes", signed=True),
         Coded("Q4_K", 4, 0, steps=8, minimum=True, scales="bytes"),
         Coded("Q5_K", 5, 0, steps=8, minimum=True, scales="tail_bytes"),
         Coded("Q6_K", 6, 32, 16, steps=8, scales="bytes", signed=True),
@@ -187,19 +188,16 @@ class CodedWeights:
             if self.coded.scales == "tail":
                 return self.b.unpack_half2x16(self.body(2 * self.coded.pair_words + r // 2))
             early, late = self.head(first + r // 2), self.head(first + 2 + r // 2)
-            return self.b.unpack_half2x16(self._choose([early, late], 1))
+            return self.b.unpack_half2x16(self._by_parity(early, late))
 
         return self.keep(("half", first, r // 2), pair)[r % 2]
 
-    def _choose(self, words: list[Value], steps: int) -> Value:
-        """Of words for `steps` steps each, this step's."""
+    def _by_parity(self, even: Value, odd: Value) -> Value:
+        """One of two values for an even and an odd step."""
         if isinstance(self.step, int):
-            return words[self.step // steps]
-        chosen, step = words[-1], self.step
-        for i in range(len(words) - 1, 0, -1):
-            before = self.keep(("before", i * steps), lambda end=i * steps: step < end)  # type: ignore[misc]
-            chosen = self.b.select(before, words[i - 1], chosen)
-        return chosen
+            return odd if self.step % 2 else even
+        step = self.step
+        return self.b.select(self.keep("is odd", lambda: (step & 1) == 1), odd, even)
 
     def _factor(self, r: int, which: int) -> Value:
         """d (0) or the minimums' (1) of a row."""
@@ -208,16 +206,13 @@ class CodedWeights:
 
     def _byte(self, r: int, sub: int, which: int) -> Value:
         """f32: the 8 bits of a row's group: its scale (0) or its minimum (1)."""
-        c = self.coded
+        c, i = self.coded, which if self.coded.group == STEP_COLUMNS else sub
         if c.scales == "tail_bytes":
-            return ((self.body(2 * c.pair_words + which) >> 8 * r) & 0xFF).bitcast(i32).to(f32)
-        if c.group == 32:  # four steps a word, scales and minimums in turn
-            words = [self.head(4 + half * 8 + r * 2 + which) for half in range(2)]
-            chosen = self.keep(("bytes", r, which), lambda: self._choose(words, 4) >> (self.step & 3) * 8)
-            return (chosen & 0xFF).bitcast(i32).to(f32)
-        first = 4 if c.minimum else 2  # two steps a word
-        words = [self.head(first + r * 4 + i) for i in range(4)]
-        chosen = self.keep(("bytes", r), lambda: self._choose(words, 2) >> (self.step & 1) * 16)
-        if c.nibbles:
-            return ((chosen >> (8 * sub + 4 * which)) & 0xF).bitcast(i32).to(f32)
-        return ((chosen << (24 - 8 * sub)).bitcast(i32) >> 24).to(f32)
+            word = self.body(2 * c.pair_words + i)
+        else:
+            texel = self.keep("bytes", lambda: self._head((self.step >> 1) + 1))
+            word = self.keep(("bytes", i), lambda: self._by_parity(texel[i], texel[2 + i]))
+        if c.signed:
+            return ((word << (24 - 8 * r) if r < 3 else word).bitcast(i32) >> 24).to(f32)
+        shift = 8 * r + (4 * which if c.nibbles else 0)
+        return ((word >> shift if shift else word) & (0xF if c.nibbles else 0xFF)).bitcast(i32).to(f32)

@@ -10,12 +10,13 @@ import operator
 
 from vkllm_codegen import Block, Buffer, Value, f32, i32
 from vkllm_shaders.formats import STEP_COLUMNS, Coded, CodedWeights, code_order, coded_of
+from vkllm_shaders.formats.coded import Load
 from vkllm_shaders.matmul.body import Body
 from vkllm_shaders.matmul.spec import MatmulSpec
 from vkllm_shaders.records import LANES, over_lanes
 from vkllm_shaders.sums import added, tree_sum
 
-FLAT_STEPS = 2  # of a chunk, up to which all steps are walked in one loop
+LONG_HEAD = 3  # texels
 CENTER_TOKENS = 4  # from so many on it is cheaper to take the middle from each code than from each part of a sum
 
 
@@ -30,31 +31,42 @@ class IntegerBody(Body):
 
     def walk(self) -> None:
         b, c, push = self.b, self.coded, self.push
-        last, n_group = push["n_group"] - 1, push["x_stride"]
+        last = push["n_group"] - 1
         starts = [self.of_expert(b.min(self.group + i, last)) * push["n_chunk"] for i in range(self.spec.side_by_side)]
 
-        def chunk_texels(chunk: Value) -> tuple[list[Value], list[list[Value]]]:
-            """Where the chunk of each row group begins, and its head."""
-            bases = [(start + chunk) * (c.n_texel * LANES) + self.lane for start in starts]
-            return bases, [[self.bufs["w"][base + j * LANES] for j in range(c.n_head)] for base in bases]
+        def bases(chunk: Value) -> list[Value]:
+            return [(start + chunk) * (c.n_texel * LANES) + self.lane for start in starts]
 
-        def step(bases: list[Value], heads: list[list[Value]], i: Value | int, group: Value) -> None:
-            weights = [self._weights(head, base, i) for head, base in zip(heads, bases, strict=True)]
-            self._multiply(weights, Records(self, group))
-
-        if c.steps <= FLAT_STEPS:  # a loop in a loop costs more than loading a short head again
-            with b.range(0, b.min(n_group, push["n_chunk"] * c.steps)) as group:
-                step(*chunk_texels(group // c.steps), group % c.steps if c.steps > 1 else 0, group)
+        n_step = b.min(push["x_stride"], push["n_chunk"] * c.steps)
+        if c.n_head < LONG_HEAD or self.tile > 2:  # a loop in a loop costs more than to load the head in each step
+            with b.range(0, n_step) as group:
+                chunk, step = (group // c.steps, group % c.steps) if c.steps > 1 else (group, 0)
+                weights = [self._weights(base, step, lambda j, base=base: self._texel(base, j)) for base in bases(chunk)]  # type: ignore[misc]
+                self._multiply(weights, Records(self, group))
             return
         with b.range(0, push["n_chunk"]) as chunk:
-            texels, first = chunk_texels(chunk), chunk * c.steps
-            with b.range(0, b.min(n_group - first, c.steps)) as i:
-                step(*texels, i, first + i)
+            first = chunk * c.steps
+            heads = [(base, [self._texel(base, j) for j in range(c.n_head)]) for base in bases(chunk)]
+            with b.range(0, b.min(n_step - first, c.steps)) as step:
+                weights = [self._weights(base, step, lambda j, head=head: self._chosen(head, j)) for base, head in heads]  # type: ignore[misc]
+                self._multiply(weights, Records(self, first + step))
 
-    def _weights(self, head: list[Value], base: Value, step: Value | int) -> CodedWeights:
-        c, w = self.coded, self.bufs["w"]
+    def _texel(self, base: Value, j: Value | int) -> Value:
+        return self.bufs["w"][base + j * LANES]
+
+    def _chosen(self, texels: list[Value], j: Value | int) -> Value:
+        """One of the head's texels; where only the device knows which, one behind the first."""
+        if isinstance(j, int):
+            return texels[j]
+        chosen = texels[-1]
+        for i in range(len(texels) - 2, 0, -1):
+            chosen = self.b.select(j <= i, texels[i], chosen)
+        return chosen
+
+    def _weights(self, base: Value, step: Value | int, head: Load) -> CodedWeights:
+        c = self.coded
         body = base + (step * c.n_body + c.n_head) * LANES
-        return CodedWeights(c, self.b, head.__getitem__, lambda j: w[body + j * LANES], step)
+        return CodedWeights(c, self.b, head, lambda j: self._texel(body, j), step)
 
     def _multiply(self, weights: list[CodedWeights], x: Records) -> None:
         """One step: for every scale of it, whole numbers, then floats."""

@@ -56,8 +56,8 @@ OWN_BINDINGS, OWN_PUSH = ("w", "bias"), ("n_chunk", "n_group", "n_row", "first_r
 
 
 def alike(first: MatmulSpec, second: MatmulSpec) -> bool:
-    """Can these be a pair? Only the format may differ, and whether there is a bias."""
-    return replace(second, fmt=first.fmt, bias=first.bias) == first
+    """Can these be a pair? Only the format may differ, and with it row groups side by side, and whether there is a bias."""
+    return replace(second, fmt=first.fmt, bias=first.bias, side_by_side=first.side_by_side) == first
 
 
 @cache
@@ -83,7 +83,8 @@ def matmul_pair(first: MatmulSpec, second: MatmulSpec) -> Kernel:
             numbers = {name: push[f"{name}_2"] for name in OWN_PUSH}
             _body(second)(b, second, bufs | other, push | numbers, workgroup - push["n_first"]).emit()
 
-    return trace(f"{first.name}_and_{second.fmt.lower()}", shared | own, push_names, {}, local, body, "two products of one x")
+    name = f"{first.name}_and_{second.fmt.lower()}" + (f"_g{second.side_by_side}" if second.side_by_side > 1 else "")
+    return trace(name, shared | own, push_names, {}, local, body, "two products of one x")
 
 
 def pair_groups(first: MatmulSpec, second: MatmulSpec, n_packed: tuple[int, int], n_token: int) -> tuple[int, int, int]:
