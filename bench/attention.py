@@ -18,10 +18,12 @@ import numpy as np
 
 from vkllm.vk import Binding, Device, open_device
 from vkllm_shaders.attention import AttentionSpec, direct
+from vkllm_shaders.records import LANES, n_group, record_nbytes
 from vkllm_shaders.reference import q8_rows
 
 SHAPES: dict[str, dict[str, Any]] = {
     "14/2": {"n_kv_head": 2, "group": 7},
+    "14/2, records": {"n_kv_head": 2, "group": 7, "records": True},
     "14/2 q8_0": {"n_kv_head": 2, "group": 7, "cache": "q8_0"},
     "32/8": {"n_kv_head": 8, "group": 4},
     "32/8 q8_0": {"n_kv_head": 8, "group": 4, "cache": "q8_0"},
@@ -47,6 +49,7 @@ def measure(device: Device, spec: AttentionSpec, n_kv_head: int, n_position: int
         "params": np.array([0, 0, 0, n_position, 0, 0], np.uint32),
         "sinks": np.zeros(n_kv_head * spec.group, np.float32),
         "out": np.zeros((n_kv_head * spec.group, spec.head_dim), np.float32),
+        "record": np.zeros(record_nbytes(1, n_kv_head * spec.group * spec.head_dim), np.uint8),
     }
     bindings = []
     for binding in kernel.bindings:
@@ -55,8 +58,9 @@ def measure(device: Device, spec: AttentionSpec, n_kv_head: int, n_position: int
         bindings.append(Binding(buffer, 0, None, FORMATS[repr(binding.dtype)] if binding.kind == "texel" else None))
     pipeline = device.pipeline(kernel.name, kernel.spirv(), tuple(b.kind for b in kernel.bindings), kernel.push_bytes)
     recording = device.recording(kernel.name)
-    push = {"n_token": 1, "n_kv_head": n_kv_head} | ({"window": WINDOW} if spec.windowed else {})
-    recording.dispatch(pipeline, bindings, (1, n_kv_head, 1), kernel.pack_push(**push))
+    push = {"n_token": 1, "n_kv_head": n_kv_head, "window": WINDOW, "n_group": n_group(n_kv_head * spec.group * spec.head_dim)}
+    pushed = kernel.pack_push(**{name: push[name] for name, _, _ in kernel.push})
+    recording.dispatch(pipeline, bindings, (1, n_kv_head, 1), pushed)
     recording.barrier()
     recording.finish()
 
@@ -86,7 +90,7 @@ def main() -> None:
             "positions": options.positions,
         }
         for name, shape in SHAPES.items():
-            if options.only not in name:
+            if options.only not in name or ("records" in shape and not (row and lanes == LANES)):
                 continue
             fields = {"head_dim": 64, "lanes": lanes, "schedule": "lane_row" if row else "lane_chunk"} | shape
             n_kv_head = fields.pop("n_kv_head")
