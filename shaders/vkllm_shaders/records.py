@@ -1,7 +1,7 @@
 """Activations in 8 bits as integer products read them ("records"), written once by whatever makes them.
 
-A record holds 32 columns of a row: whole numbers round(v / scale), their scale, and their sum. Two rows share a texel, so that one
-load brings both: u32x4 texel [row pair, group of 32 columns, lane of 8] = (bytes, tail) of the even row, then of the odd row.
+A record holds 32 columns of a row: whole numbers round(v / scale), their scale, and their sum. Two rows share a texel, so that
+one load brings both: u32x4 texel [row pair, group of 32 columns, lane of 8] = (bytes, tail) of the even row, then of the odd row.
 Lane l holds columns 4 l … 4 l + 3 of the group as signed bytes; the tail is the same in every lane: the sum in its lower 16 bits,
 the upper half of the scale's f32 bits above. The lower half of the scale is cut off before anything is divided by it.
 

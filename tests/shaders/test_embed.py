@@ -66,8 +66,8 @@ def test_rows_come_back_from_codes(fmt: str, with_records: bool) -> None:
         push["squares_stride"] = stride
     got = check_kernel(embed_codes(fmt, records=with_records), expected, buffers, push, {}, groups(fmt, layout, n_col, len(ids)))
     if with_records:  # the same as from a dispatch of its own, to the bit
-        shape, again = {"x": got["x"], "norm_w": norm}, {"x_stride": width // 4, "n_group": n_group(n_col), "squares_stride": stride}
-        shape |= {"record": buffers["record"], "squares": buffers["squares"]}
-        other = run_on_device(to_records(norm=True), shape, again, {}, (len(ids), 1, 1))
+        given = {"x": got["x"], "norm_w": norm, "record": buffers["record"], "squares": buffers["squares"]}
+        pushed = {"x_stride": width // 4, "n_group": n_group(n_col), "squares_stride": stride}
+        other = run_on_device(to_records(norm=True), given, pushed, {}, (len(ids), 1, 1))
         for name in ("record", "squares"):
             assert np.array_equal(got[name].view(np.uint32), other[name].view(np.uint32)), name

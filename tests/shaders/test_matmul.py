@@ -275,7 +275,8 @@ def test_int8_activations_are_as_good_as_llama_cpp(fmt: str, kind: str, tile: in
 @pytest.mark.parametrize("tile", [1, 4])
 @pytest.mark.parametrize(
     ("fmt", "kind"),
-    [(fmt, kind) for fmt in ("Q4_0", "Q5_0", "Q8_0") for kind in INT8] + [("IQ4_NL", "lane_chunk"), ("Q6_K", "lane_pair"), ("Q3_K", "lane_pair")],
+    [(fmt, kind) for fmt in ("Q4_0", "Q5_0", "Q8_0") for kind in INT8]
+    + [("IQ4_NL", "lane_chunk"), ("Q6_K", "lane_pair"), ("Q3_K", "lane_pair")],
 )
 @pytest.mark.parametrize("byte", [0x00, 0xFF, 0x80, 0x7F])
 def test_int8_sums_of_extremes_do_not_overflow(byte: int, fmt: str, kind: str, tile: int) -> None:

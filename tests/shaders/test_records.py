@@ -69,7 +69,8 @@ def check(got: dict[str, Any], v: np.ndarray) -> None:
     integers, scales = model(v)
     assert (got["scales"] == got["scales"][..., :1]).all(), "the lanes' scales differ"
     np.testing.assert_allclose(got["scales"][..., 0].view(np.float32), scales, rtol=2.0**-7)  # a last bit cut off more or less
-    assert np.array_equal(got["totals"], np.repeat(got["integers"].reshape(*scales.shape, GROUP).sum(axis=-1)[..., None], LANES, -1))
+    totals = got["integers"].reshape(*scales.shape, GROUP).sum(axis=-1)
+    assert np.array_equal(got["totals"], np.repeat(totals[..., None], LANES, -1))
     assert np.abs(got["integers"]).max() <= 127
     assert np.abs(got["integers"] - integers).max() <= 1
     assert np.mean(got["integers"] != integers) < 1e-3

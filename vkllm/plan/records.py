@@ -47,4 +47,3 @@ def plan_records(graph: Graph, reads: Callable[[Reader], bool], can_write: Calla
             wrote[op.y] = op
             holds.pop(op.y, None)
     return RecordPlan(origins, writers)
-
