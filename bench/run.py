@@ -34,10 +34,9 @@ from vkllm.config import ModelConfig, RuntimeConfig
 from vkllm.files import open_model, resolve_model
 from vkllm.hub import store
 from vkllm.profile import Profile, profile, summary
+from vkllm.tune import product_spec
+from vkllm.tuned import default_choices
 from vkllm.vk import Device, open_device
-from vkllm_shaders.formats import CODED, Layout
-from vkllm_shaders.matmul import BEST_TILE, MatmulSpec
-from vkllm_shaders.records import LANES
 
 FORMATS_OF_LIST = ("Q4_K", "Q5_0", "Q6_K", "Q8_0", "F16")
 TOKENS = (1, 64)  # of a dispatch: decode and prefill
@@ -56,25 +55,16 @@ def tell(text: str) -> None:
 
 
 def standard_kernels(device: Device, repeat: int) -> list[dict[str, Any]]:
-    """Matrix kernels by format, on weights that no cache holds: decode (1 token) and prefill (64)."""
+    """The default matrix kernels by format, on weights that no cache holds: decode (1 token) and prefill (64)."""
     cpu, lanes = device.info.kind == "cpu", device.limits.subgroup_size
     found = []
     for fmt in FORMATS_OF_LIST:
         for n_token in TOKENS:
             n_row, n_col = BIG[1] if fmt in BIG[0] else BIG[2]
-            spec = standard_spec(fmt, n_token, cpu, lanes)
+            spec = product_spec(fmt, default_choices(cpu), n_token, cpu, lanes)
             tell(f"kernel {spec.name}")
             found.append({"fmt": fmt, "activations": spec.activations, **measure(device, spec, n_row, n_col, n_token, repeat)})
     return found
-
-
-def standard_spec(fmt: str, n_token: int, cpu: bool, lanes: int) -> MatmulSpec:
-    """What the engine multiplies a format with by default, nothing fused."""
-    layout = Layout("lane_row", lanes) if cpu else Layout("lane_chunk", 1)
-    if not (cpu and fmt in CODED and lanes == LANES):
-        return MatmulSpec(fmt, layout, 1 if n_token == 1 else BEST_TILE[layout.kind], subgroup=lanes)
-    pair, tile = Layout("lane_pair"), 1 if n_token == 1 else BEST_TILE["lane_pair"]
-    return MatmulSpec(fmt, pair, tile, activations="int8", side_by_side=2 if n_token == 1 else 1)
 
 
 def model_report(model: str, args: argparse.Namespace, peers: Sequence[Peer]) -> dict[str, Any]:

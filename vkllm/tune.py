@@ -119,6 +119,21 @@ def model_shapes(file: ModelFile) -> Counter[Shape]:
     return product_shapes(graph, {part.weight: device_type(file.tensors[part.weight].type) for part in graph.parts()})
 
 
+def product_spec(fmt: str, choices: Choices, n_token: int, lane_row: bool, lanes: int) -> MatmulSpec:
+    """The product of so many tokens that the engine would choose, with nothing fused."""
+    layout = Layout("lane_row", lanes, choices.rows) if lane_row else Layout("lane_chunk", 1, choices.rows)
+    integers = choices.activations == "int8" and bool(FORMATS[fmt].n_sub)
+    tile, side_by_side = 1 if n_token == 1 else choices.tile, 1
+    if lane_row:
+        integers = integers and fmt in CODED and lanes == LANES
+        if integers:
+            layout = Layout("lane_pair")
+            side_by_side = choices.side_by_side if tile <= 2 else 2 if CODED[fmt].bits in (4, 5) else 1
+        else:
+            tile = min(tile, MAX_FLOAT_TILE)
+    return MatmulSpec(fmt, layout, tile, activations="int8" if integers else "f32", side_by_side=side_by_side, subgroup=lanes)
+
+
 class DeviceTimer:
     """Seconds of a request's matrix products or attention on a device, for some choices: the best of TRIES runs each."""
 
@@ -144,25 +159,8 @@ class DeviceTimer:
         return self._known[key]
 
     def _matmul(self, shape: Shape, choices: Choices, n_token: int) -> float:
-        spec = self._spec(shape.fmt, choices, n_token)
+        spec = product_spec(shape.fmt, choices, n_token, self._lane_row, self._lanes)
         return self._once((spec, shape, n_token), lambda: self._run_matmul(spec, shape, n_token))
-
-    def _spec(self, fmt: str, choices: Choices, n_token: int) -> MatmulSpec:
-        """The product that the engine would choose, with nothing fused."""
-        layout = Layout("lane_row", self._lanes, choices.rows) if self._lane_row else Layout("lane_chunk", 1, choices.rows)
-        integers = choices.activations == "int8" and bool(FORMATS[fmt].n_sub)
-        if self._lane_row:
-            integers = integers and fmt in CODED and self._lanes == LANES
-            layout = Layout("lane_pair") if integers else layout
-        best = min(choices.tile, MAX_FLOAT_TILE) if layout.kind == "lane_row" else choices.tile
-        return MatmulSpec(
-            fmt,
-            layout,
-            tile=1 if n_token == 1 else best,
-            activations="int8" if integers else "f32",
-            side_by_side=choices.side_by_side if layout.kind == "lane_pair" and n_token == 1 else 1,
-            subgroup=self._lanes,
-        )
 
     def _run_matmul(self, spec: MatmulSpec, shape: Shape, n_token: int) -> float:
         f, groups = coded_of(shape.fmt) if spec.from_records else FORMATS[shape.fmt], spec.layout.n_group(shape.n_row)

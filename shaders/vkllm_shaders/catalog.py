@@ -121,6 +121,8 @@ def _pair_specs() -> Iterator[MatmulSpec]:
     spec = _pair_spec
     for fmt in CODED:
         yield from (spec(fmt), spec(fmt, tile=8), spec(fmt, side_by_side=2))
+        if CODED[fmt].bits in (4, 5):
+            yield spec(fmt, tile=8, side_by_side=2)
     yield spec("Q4_0", tile=2)
     yield spec("Q5_K", tile=16)
     qkv = partial(spec, norm=True, epilogue="qkv", head_dim=64)

@@ -18,7 +18,7 @@ from vkllm.config import ModelConfig, RuntimeConfig
 from vkllm.files import open_model
 from vkllm.models import build_graph
 from vkllm.plan import Linear, Qkv
-from vkllm.tune import N_CHUNK, N_DECODE, DeviceTimer, Experiment, Outcome, axes, model_shapes, search
+from vkllm.tune import N_CHUNK, N_DECODE, DeviceTimer, Experiment, Outcome, axes, model_shapes, product_spec, search
 from vkllm.tune_cli import AXES, _show
 from vkllm.tuned import ALLOWED, Choices, Shape, default_choices, path, save, tuned
 from vkllm.vk import NullDevice
@@ -172,14 +172,13 @@ def test_what_is_timed_is_what_the_engine_runs(schedule: Any, choices: Choices, 
         graph = build_graph(ModelConfig.from_gguf(file), file.tensors)
         runtime = RuntimeConfig(schedule=schedule, activations=choices.activations)
         lower = kernels.Lowering(graph, file, info, runtime, n_ctx=256)
-        timer = DeviceTimer(NullDevice(limits=info.limits), graph.config, {}, schedule == "lane_row")  # type: ignore[arg-type]
         ops = [op for op in graph.ops if isinstance(op, Linear | Qkv)]
         for op, matrix, n_row in itertools.product(ops, lower.matrices, (1, 64)):
             if matrix not in lower._by_op[op.name]:
                 continue
             fused = lower._spec(op, matrix, op.epilogue if isinstance(op, Linear) else "qkv", n_row)
             plain = replace(fused, norm=False, bias=False, epilogue="store", head_dim=0, rope_pairing="interleaved")
-            assert timer._spec(matrix.fmt, choices, n_row) == plain
+            assert product_spec(matrix.fmt, choices, n_row, schedule == "lane_row", lanes=8) == plain
 
 
 def test_row_groups_side_by_side_concern_decode_alone(monkeypatch: pytest.MonkeyPatch) -> None:
