@@ -426,9 +426,9 @@ class Lowering:
         )
 
     def _tile(self, n_row: int, kind: str) -> int:
-        """Tokens a workgroup of a matrix product, for a bucket of rows."""
+        """Tokens a workgroup of a matrix product, for a bucket of rows: a power of two."""
         best = min(self._choices.tile, MAX_FLOAT_TILE) if kind == "lane_row" else self._choices.tile
-        return n_row if n_row <= 2 else min(best, n_row) if kind == "lane_pair" else best
+        return min(best, 1 << (n_row - 1).bit_length()) if kind == "lane_pair" or n_row <= 2 else best
 
     def _side_by_side(self, matrix: Matrix, tile: int) -> int:
         """Row groups that an integer product takes together: in tiles only where its code stays small enough for two."""

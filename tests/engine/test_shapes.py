@@ -51,9 +51,10 @@ def test_logits_of_any_shape(folder: Path, shape: Shape) -> None:
 
 
 @pytest.mark.usefixtures("device")
-def test_int8_activations(folder: Path) -> None:
+@pytest.mark.parametrize("chunk", [1, 3, 4, 5, 7])
+def test_int8_activations(folder: Path, chunk: int) -> None:
     shape = Shape("qwen2", n_layer=2, n_head=6, n_kv_head=1, head_dim=16, n_ff=160, bias=True, types={"ffn": "Q4_0", "": "Q8_0"})
-    check(write_model(folder / "model.gguf", shape), "int8", 1e-3, chunk=4)
+    check(write_model(folder / "model.gguf", shape), "int8", 1e-3, chunk=chunk)
 
 
 @pytest.mark.usefixtures("device")

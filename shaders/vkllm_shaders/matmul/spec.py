@@ -64,6 +64,8 @@ class MatmulSpec:
             )
         if self.layout.kind == "lane_pair":
             coded_of(self.fmt)  # raises where there are no codes
+            if self.tile > 1 and self.tile % 2:
+                raise KernelError(f"{self.tile} tokens a tile of lane_pair", hint="expected 1 or an even number")
         if (self.activations == "int8") != (self.layout.kind == "lane_pair") and self.layout.kind != "lane_chunk":
             raise KernelError(
                 f"{self.activations} activations in {self.layout.kind}", hint="lane_pair is for int8, lane_row for f32"
