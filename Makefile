@@ -1,13 +1,14 @@
-# make demo · make test · make check · make bench · make shaders · make exactness: each does all the set-up it needs; a second call is quick.
+# make demo · make test · make check · make bench · make shaders · make wheel · make exactness: each does all the set-up it needs; a second call is quick.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do command -v $$p >/dev/null && \
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard vkllm/vk/native/*)
+SHADERS := $(shell find codegen shaders -name '*.py') tools/build_shaders.py vkllm/kernels.py
 MODEL ?= tiny
 
-.PHONY: demo test check bench shaders exactness setup clean
+.PHONY: demo test check bench shaders wheel exactness setup clean
 
 demo: .venv/run.stamp
 	$(BIN)/vkllm run tiny -p "Once upon a time" -n 120
@@ -23,8 +24,15 @@ check: .venv/check.stamp
 bench: .venv/run.stamp
 	$(BIN)/python bench/run.py $(MODEL) $(if $(PEER),--peer $(PEER)) $(if $(PEER_VULKAN),--peer-vulkan $(PEER_VULKAN)) $(ARGS)
 
-shaders: .venv/run.stamp
+# Kernels of common models for the wheel, with a list of them to commit; and every kind of kernel as SPIR-V, its text and GLSL.
+shaders: vkllm/kernels.zip
 	$(BIN)/vkllm shaders build/shaders
+
+vkllm/kernels.zip: $(SHADERS) | .venv/run.stamp
+	$(BIN)/python tools/build_shaders.py
+
+wheel: vkllm/kernels.zip
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 exactness: .venv/oracle.stamp
 	$(BIN)/python tools/exactness.py
@@ -57,4 +65,4 @@ setup: .venv/test.stamp .venv/check.stamp
 	@touch $@
 
 clean:
-	rm -rf build .venv
+	rm -rf build dist .venv vkllm/kernels.zip

@@ -1,18 +1,21 @@
-"""Compiled kernels on disk: tracing a kernel in Python takes 0.1 s, reading its SPIR-V back takes none.
+"""Compiled kernels on disk: tracing a kernel in Python takes 0.05 s, reading its SPIR-V back takes none.
 
-One file a kernel, in a folder named by a hash of the compiler's and the kernels' own sources, so that a changed line of either
-compiles everything anew. A file that is damaged or cannot be written is no error: the kernel is compiled.
+They are kept in the user's cache: one file a kernel, in a folder named by a hash of the compiler's and the kernels' own sources,
+so that a changed line of either compiles everything anew. The kernels of common models come with the package, in an archive that
+`make shaders` writes (tools/build_shaders.py) and that counts only for these very sources. A file that is missing, damaged or
+cannot be written is no error: the kernel is compiled.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVarTuple
+from typing import TYPE_CHECKING, TypeVarTuple
 
 import vkllm_codegen
 import vkllm_shaders
@@ -21,7 +24,11 @@ from vkllm.vk import cache
 from vkllm_codegen import Binding, Kernel
 from vkllm_codegen.types import DType
 
+if TYPE_CHECKING:
+    from vkllm.kernel_archive import KernelArchive
+
 Args = TypeVarTuple("Args")
+ARCHIVE = Path(__file__).with_name("kernels.zip")
 
 
 @dataclass(frozen=True)
@@ -46,27 +53,59 @@ class CompiledKernel:
 class KernelCache:
     """Compiles each kernel once: a process, and a version of the sources."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder or cache.directory()
-        self._kernels: dict[Hashable, CompiledKernel] = {}
+    def __init__(self, folder: Path | None = None, archive: Path = ARCHIVE) -> None:
+        self._folder, self._archive_file = folder or cache.directory(), archive
+        self._kernels: dict[str, CompiledKernel] = {}
 
     @cached_property
     def folder(self) -> Path:
         """Where this version's kernels lie."""
-        digest = hashlib.sha256()
-        for package in (vkllm_codegen, vkllm_shaders):
-            for source in sorted(Path(package.__path__[0]).rglob("*.py")):
-                digest.update(source.name.encode() + source.read_bytes())
-        return self._folder / f"kernels-{digest.hexdigest()[:16]}"
+        return self._folder / f"kernels-{_version()[:16]}"
 
     def get(self, factory: Callable[[*Args], Kernel], *args: *Args) -> CompiledKernel:
         """`factory(*args)`, compiled. Its arguments must tell kernels apart by their repr."""
-        key = f"{factory.__module__}.{factory.__qualname__}{args!r}"
+        key = key_of(factory, *args)
         if key not in self._kernels:
-            file = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.kernel"
-            cached = _load(file) if debug.LEVEL < debug.IR else None  # from there on every kernel is shown
-            self._kernels[key] = cached or _save(file, _compile(factory(*args)))
+            file = self.folder / _file_name(key)
+            found = _load(file) if debug.LEVEL < debug.IR else None  # from there on every kernel is shown
+            self._kernels[key] = found or _save(file, self._shipped(file.name) or _compile(factory(*args)))
         return self._kernels[key]
+
+    def _shipped(self, name: str) -> CompiledKernel | None:
+        data = self._archive.find(name) if debug.LEVEL < debug.IR else None
+        return _decode(data) if data else None
+
+    @cached_property
+    def _archive(self) -> KernelArchive:
+        from vkllm.kernel_archive import KernelArchive  # only a first start needs it
+
+        return KernelArchive(self._archive_file, _version())
+
+
+def key_of(factory: Callable[[*Args], Kernel], *args: *Args) -> str:
+    return f"{factory.__module__}.{factory.__qualname__}{args!r}"
+
+
+def write_archive(file: Path, kernels: Mapping[str, CompiledKernel]) -> None:
+    """Write kernels, by their keys, for later starts of these very sources. Raises: OSError."""
+    from vkllm.kernel_archive import write
+
+    by_name = sorted(kernels, key=lambda key: (kernels[key].name, key))
+    write(file, _version(), ((_file_name(key), _encode(kernels[key])) for key in by_name))
+
+
+@functools.cache
+def _version() -> str:
+    """Of the sources."""
+    digest = hashlib.sha256()
+    for package in (vkllm_codegen, vkllm_shaders):
+        for source in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()
+
+
+def _file_name(key: str) -> str:
+    return f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.kernel"
 
 
 def _compile(kernel: Kernel) -> CompiledKernel:
@@ -78,7 +117,19 @@ def _compile(kernel: Kernel) -> CompiledKernel:
 
 
 def _save(file: Path, kernel: CompiledKernel) -> CompiledKernel:
-    """Write a checksum, a header of one JSON line, then the SPIR-V."""
+    cache.replace(file, _encode(kernel))
+    return kernel
+
+
+def _load(file: Path) -> CompiledKernel | None:
+    try:
+        return _decode(file.read_bytes())
+    except OSError:
+        return None
+
+
+def _encode(kernel: CompiledKernel) -> bytes:
+    """A checksum, a header of one JSON line, then the SPIR-V."""
     header = {
         "name": kernel.name,
         "bindings": [[b.name, b.kind, repr(b.dtype), b.access] for b in kernel.bindings],
@@ -86,18 +137,17 @@ def _save(file: Path, kernel: CompiledKernel) -> CompiledKernel:
         "features": sorted(kernel.features),
     }
     body = json.dumps(header).encode() + b"\n" + kernel.code
-    cache.replace(file, _checksum(body) + b"\n" + body)
-    return kernel
+    return _checksum(body) + b"\n" + body
 
 
 def _checksum(body: bytes) -> bytes:
     return hashlib.sha256(body).hexdigest().encode()
 
 
-def _load(file: Path) -> CompiledKernel | None:
-    """The kernel of a file; None where there is none or it is damaged."""
+def _decode(data: bytes) -> CompiledKernel | None:
+    """The kernel; None where it is damaged."""
     try:
-        checksum, _, body = file.read_bytes().partition(b"\n")
+        checksum, _, body = data.partition(b"\n")
         if checksum != _checksum(body):
             return None
         line, _, code = body.partition(b"\n")
@@ -105,7 +155,7 @@ def _load(file: Path) -> CompiledKernel | None:
         bindings = tuple(Binding(name, kind, _dtype(dtype), access, ()) for name, kind, dtype, access in header["bindings"])
         push = tuple((name, _dtype(dtype), offset) for name, dtype, offset in header["push"])
         return CompiledKernel(header["name"], bindings, push, frozenset(header["features"]), code)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         return None
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from vkllm import kernel_cache
-from vkllm.kernel_cache import CompiledKernel, KernelCache
+from vkllm.kernel_cache import CompiledKernel, KernelCache, key_of, write_archive
 from vkllm_shaders.sample import SampleSpec, argmax
 
 
 def get(folder: Path) -> CompiledKernel:
-    return KernelCache(folder).get(argmax, SampleSpec(lanes=8))
+    return KernelCache(folder, folder / "kernels.zip").get(argmax, SampleSpec(lanes=8))
 
 
 def test_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +48,45 @@ def test_a_damaged_file_is_replaced(tmp_path: Path, damage: str) -> None:
     assert (found.push, found.code) == (right.push, right.code)
     assert [b.kind for b in found.bindings] == [b.kind for b in right.bindings]
     assert file.read_bytes() == data
+
+
+def ship(folder: Path, kernel: CompiledKernel) -> Path:
+    """An archive of several members: its kernel under its own key, and under others."""
+    keys = [key_of(argmax, SampleSpec(lanes=8)), *map(str, range(20))]
+    write_archive(folder / "kernels.zip", dict.fromkeys(keys, kernel))
+    return folder / "kernels.zip"
+
+
+def test_a_shipped_kernel_is_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = get(tmp_path / "first")
+    archive = ship(tmp_path, kernel)
+    again = ship(tmp_path / "first", kernel)
+    assert archive.read_bytes() == again.read_bytes()
+    monkeypatch.setattr(kernel_cache, "_compile", lambda kernel: pytest.fail("it was compiled again"))
+    found = get(tmp_path)
+    assert (found.name, found.push, found.features, found.code) == (kernel.name, kernel.push, kernel.features, kernel.code)
+    archive.unlink()
+    assert get(tmp_path).code == kernel.code, "it is in the user's cache now"
+
+
+ARCHIVES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "of other sources": lambda data: data[:-64] + b"0" * 64,
+    "cut": lambda data: data[:-100],
+    "without members": lambda data: bytes(len(data) - 700) + data[-700:],
+    "damaged directory": lambda data: data[:-120] + bytes(20) + data[-100:],
+}
+
+
+@pytest.mark.parametrize("damage", ARCHIVES)
+def test_a_damaged_or_foreign_archive_is_left_alone(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = get(tmp_path / "first")
+    archive = ship(tmp_path, kernel)
+    archive.write_bytes(ARCHIVES[damage](archive.read_bytes()))
+    compiled = []
+    monkeypatch.setattr(kernel_cache, "_compile", lambda _: compiled.append(kernel) or kernel)
+    assert get(tmp_path).code == kernel.code
+    assert compiled == [kernel]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

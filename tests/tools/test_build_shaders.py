@@ -1,0 +1,35 @@
+"""What `make shaders` builds ahead: the committed list of kernels is of these sources."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import build_shaders  # noqa: E402
+
+OUT_OF_DATE = "shaders/catalog.txt is out of date: run `make shaders` and commit it"
+
+
+def test_the_list_is_of_these_kernels() -> None:
+    """A few of each family: the same SPIR-V, and no more or fewer kernels asked for."""
+    calls, listed = build_shaders.wanted(), build_shaders.TEXT.read_text()
+    assert build_shaders.header(calls) in listed, OUT_OF_DATE
+    for key in sorted(calls)[::16]:
+        assert build_shaders.described(build_shaders.made(calls[key])) in listed, f"{key}: {OUT_OF_DATE}"
+
+
+@pytest.mark.slow
+def test_the_whole_list() -> None:
+    assert build_shaders.main(check=True) == 0, OUT_OF_DATE
+
+
+def test_what_is_asked_for_is_what_a_chain_asks_for() -> None:
+    """Decode and prefill, both schedules, the fused products of mixes."""
+    names = {line for line in build_shaders.TEXT.read_text().splitlines() if line[:1].isalpha()}
+    for part in ("lane_pair", "lane_chunk", "gemm_16x16x16", "gemm_plain", "_s64_", "q4_k", "_and_q6_k", "qkv_half64", "heads"):
+        assert any(part in name for name in names), part
