@@ -87,7 +87,7 @@ class Finish:
         groups = push["n_row"] // GROUP
         for t, token in enumerate(values):
             row = self.body.token(t)
-            token = [self._biased([v], self._packed(r))[0] for r, v in enumerate(token)]
+            token = self._scaled([self._biased([v], self._packed(r))[0] for r, v in enumerate(token)])
             for first in range(0, len(token), self.body.rows if spec.epilogue == "residual" else 2 * self.body.rows):
                 group = self.body.group + first // self.body.rows
                 if spec.epilogue == "swiglu":
@@ -96,7 +96,6 @@ class Finish:
                 else:
                     own = token[first : first + self.body.rows]
                 with b.when((group < groups) & (row < push["n_token"])):
-                    own = self._scaled(own)
                     at = row * push["y_stride"] + push["first_row"] + group * GROUP + lane * OWN
                     if spec.epilogue == "swiglu":
                         for i, v in enumerate(own):
