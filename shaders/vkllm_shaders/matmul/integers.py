@@ -7,6 +7,7 @@ middle of their range, where they stay small longest.
 from __future__ import annotations
 
 import operator
+from functools import partial
 
 from vkllm_codegen import Block, Buffer, Value, f32, i32
 from vkllm_shaders.formats import STEP_COLUMNS, Coded, CodedWeights, code_order, coded_of
@@ -16,7 +17,7 @@ from vkllm_shaders.matmul.spec import MatmulSpec
 from vkllm_shaders.records import LANES, over_lanes
 from vkllm_shaders.sums import added, tree_sum
 
-LONG_HEAD = 3  # texels
+SHORT_HEAD = 2  # texels that cost less in every step than a loop in a loop, where tokens are few
 CENTER_TOKENS = 4  # from so many on it is cheaper to take the middle from each code than from each part of a sum
 
 
@@ -30,6 +31,7 @@ class IntegerBody(Body):
         self.coded: Coded = coded_of(spec.fmt)
 
     def walk(self) -> None:
+        """A loop over the steps; or over chunks and their steps, so that a long head is loaded once."""
         b, c, push = self.b, self.coded, self.push
         last = push["n_group"] - 1
         starts = [self.of_expert(b.min(self.group + i, last)) * push["n_chunk"] for i in range(self.spec.side_by_side)]
@@ -38,17 +40,17 @@ class IntegerBody(Body):
             return [(start + chunk) * (c.n_texel * LANES) + self.lane for start in starts]
 
         n_step = b.min(push["x_stride"], push["n_chunk"] * c.steps)
-        if c.n_head < LONG_HEAD or self.tile > 2:  # a loop in a loop costs more than to load the head in each step
+        if c.n_head <= SHORT_HEAD or self.tile > 2:
             with b.range(0, n_step) as group:
                 chunk, step = (group // c.steps, group % c.steps) if c.steps > 1 else (group, 0)
-                weights = [self._weights(base, step, lambda j, base=base: self._texel(base, j)) for base in bases(chunk)]  # type: ignore[misc]
+                weights = [self._weights(base, step, partial(self._texel, base)) for base in bases(chunk)]
                 self._multiply(weights, Records(self, group))
             return
         with b.range(0, push["n_chunk"]) as chunk:
             first = chunk * c.steps
             heads = [(base, [self._texel(base, j) for j in range(c.n_head)]) for base in bases(chunk)]
             with b.range(0, b.min(n_step - first, c.steps)) as step:
-                weights = [self._weights(base, step, lambda j, head=head: self._chosen(head, j)) for base, head in heads]  # type: ignore[misc]
+                weights = [self._weights(base, step, partial(self._chosen, head)) for base, head in heads]
                 self._multiply(weights, Records(self, first + step))
 
     def _texel(self, base: Value, j: Value | int) -> Value:
