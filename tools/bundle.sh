@@ -13,7 +13,7 @@ mkdir -p "$1"
 out=$(cd "$1" && pwd)
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
-make --no-print-directory .venv/run.stamp
+make --no-print-directory vkllm/kernels.zip
 python=$root/.venv/bin/python
 rm -rf "$out/wheels" "$out/sdist" "$out/debs"
 mkdir -p "$out/wheels" "$out/sdist" "$out/debs"

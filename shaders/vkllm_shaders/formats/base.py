@@ -14,22 +14,18 @@ from vkllm_codegen.errors import KernelError
 
 U16 = NDArray[np.uint16]
 U32 = NDArray[np.uint32]
-Load = Callable[[int], Value]
+Load = Callable[[Any], Value]  # by the number of a texel, which may be a Value
 Kept = TypeVar("Kept")
 
 STEP = 64  # weights of a row in a step
 SLOTS = 16  # texels of x in a step
 
 
-class StepWeights:
-    """The weights of one step in a kernel: raw numbers and what makes them weights.
+class Texels:
+    """The texels of one step in a kernel, loaded when a word of them is asked for, and whatever is made of them, kept."""
 
-    weight[r, slot, comp] = scale(r, sub) * (raw(r, slot, comp) * 2**-exponent(r, comp) - zero) - minimum(r, sub),
-    sub = slot * n_sub // 16. Values are made when asked for and kept, so ask in the order of use.
-    """
-
-    def __init__(self, fmt: Format, b: Block, head: Load, body: Load, rows: int, step: Value | int) -> None:
-        self.fmt, self.b, self.rows, self.step = fmt, b, rows, step
+    def __init__(self, b: Block, head: Load, body: Load, step: Value | int) -> None:
+        self.b, self.step = b, step
         self._head, self._body = head, body
         self._kept: dict[Any, Any] = {}
 
@@ -47,6 +43,18 @@ class StepWeights:
     def head(self, word: int) -> Value:
         """Word of the chunk's head texels."""
         return self.keep(("head", word // 4), lambda: self._head(word // 4))[word % 4]
+
+
+class StepWeights(Texels):
+    """The weights of one step in a kernel: raw numbers and what makes them weights.
+
+    weight[r, slot, comp] = scale(r, sub) * (raw(r, slot, comp) * 2**-exponent(r, comp) - zero) - minimum(r, sub),
+    sub = slot * n_sub // 16. Values are made when asked for and kept, so ask in the order of use.
+    """
+
+    def __init__(self, fmt: Format, b: Block, head: Load, body: Load, rows: int, step: Value | int) -> None:
+        super().__init__(b, head, body, step)
+        self.fmt, self.rows = fmt, rows
 
     def half(self, word: Value, i: int) -> Value:
         """One of the two f16 in a word, as f32."""

@@ -14,18 +14,15 @@ weight = scale * (code - zero) - minimum.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from vkllm_codegen import Block, Value, f32, i32
 from vkllm_codegen.errors import KernelError
+from vkllm_shaders.formats.base import Load, Texels
 
 STEP_COLUMNS = 32
 PAIR_ROWS = 4  # rows of a lane: two pairs
 PAIR_LANES = 8
-Load = Callable[[Value | int], Value]
-Kept = TypeVar("Kept")
 
 
 def code_order(group: int) -> list[tuple[int, int]]:
@@ -128,26 +125,12 @@ def coded_of(fmt: str) -> Coded:
     return CODED[fmt]
 
 
-class CodedWeights:
+class CodedWeights(Texels):
     """The weights of one step in a kernel. Values are made when asked for and kept, so ask in the order of use."""
 
     def __init__(self, coded: Coded, b: Block, head: Load, body: Load, step: Value | int) -> None:
-        self.coded, self.b, self.step = coded, b, step
-        self._head, self._body = head, body
-        self._kept: dict[Any, Any] = {}
-
-    def keep(self, key: Any, make: Callable[[], Kept]) -> Kept:
-        """`make()`, once for each key."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        kept: Kept = self._kept[key]
-        return kept
-
-    def body(self, word: int) -> Value:
-        return self.keep(("body", word // 4), lambda: self._body(word // 4))[word % 4]
-
-    def head(self, word: int) -> Value:
-        return self.keep(("head", word // 4), lambda: self._head(word // 4))[word % 4]
+        super().__init__(b, head, body, step)
+        self.coded = coded
 
     def both(self, pair: int, index: int) -> Value:
         """i32: code `index` of row 2 * pair in the lower 16 bits, of row 2 * pair + 1 in the upper."""

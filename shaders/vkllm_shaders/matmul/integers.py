@@ -11,7 +11,7 @@ from functools import partial
 
 from vkllm_codegen import Block, Buffer, Value, f32, i32
 from vkllm_shaders.formats import STEP_COLUMNS, Coded, CodedWeights, code_order, coded_of
-from vkllm_shaders.formats.coded import Load
+from vkllm_shaders.formats.base import Load
 from vkllm_shaders.matmul.body import Body
 from vkllm_shaders.matmul.spec import MatmulSpec
 from vkllm_shaders.records import LANES, over_lanes
