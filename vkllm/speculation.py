@@ -7,8 +7,9 @@ with one draw of the request's own random stream, and a draft changes only how m
 
 That holds to the bit only where a row's logits do not depend on the rows beside it. Kernels for more rows may add in another
 order; int8 activations and an f16 cache make more of that than a last bit, and a near tie may turn. (On CPUs with int8, sums are
-of whole numbers, and any number of rows gives the same bits.) So "auto" uses only sizes of steps that the engine has compared, row by row and bit by bit, with steps of one row. A fixed length is used unchecked: its tokens
-are as good as those of prompts, which are read in many rows, but need not be the same.
+of whole numbers, and any number of rows gives the same bits.) So "auto" uses only sizes of steps that the engine has compared,
+row by row and bit by bit, with steps of one row. A fixed length is used unchecked: its tokens are as good as those of prompts,
+which are read in many rows, but need not be the same.
 
 It pays where (1 + the drafted tokens that are likely to be right) outweighs what more rows cost. The first is learned in each
 request by the length of the match, also while nothing is drafted: the next token tells whether a draft would have been right. The

@@ -47,8 +47,8 @@ def test_stories260k_as_llama_perplexity_finds_it(shared_data: Path) -> None:
 
 def test_the_packaged_model_as_llama_perplexity_finds_it(tiny: Callable[[str], Path]) -> None:
     """As above, Q8_0 and Q4_K_M against F16. Its greatest divergences of this confident model are off: it keeps the parent's
-    logarithms of probability in 16 bits, and none below -16. In Q8_0 the highest hundredth, ten positions, is what the rounding of
-    activations makes of them, so it may only be smaller."""
+    logarithms of probability in 16 bits, and none below -16. In Q8_0 the highest hundredth, ten positions, is what the rounding
+    of activations makes of them, so it may only be smaller."""
     found, _ = compared(tiny("Q8_0"), tiny("F16"), "int8")
     assert found.kl_mean == pytest.approx(5.3e-5, abs=0.9e-5)
     assert found.kl_p90 == pytest.approx(9.6e-5, rel=0.1)
