@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -21,11 +19,6 @@ def test_the_list_is_of_these_kernels() -> None:
     assert build_shaders.header(calls) in listed, OUT_OF_DATE
     for key in sorted(calls)[::16]:
         assert build_shaders.described(build_shaders.made(calls[key])) in listed, f"{key}: {OUT_OF_DATE}"
-
-
-@pytest.mark.slow
-def test_the_whole_list() -> None:
-    assert build_shaders.main(check=True) == 0, OUT_OF_DATE
 
 
 def test_what_is_asked_for_is_what_a_chain_asks_for() -> None:
