@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vkllm.config import RuntimeConfig
-from vkllm.errors import UnsupportedQuantError
+from vkllm.errors import ConfigError, UnsupportedQuantError
 from vkllm.expand import device_nbytes, device_type
 from vkllm.files.model_file import ModelFile
 from vkllm.kernel_cache import CompiledKernel, KernelCache
@@ -49,7 +49,7 @@ from vkllm_shaders.embed import embed, embed_codes
 from vkllm_shaders.embed import groups as embed_groups
 from vkllm_shaders.experts import RouteSpec, TileSpec, combine_groups, route, tiles
 from vkllm_shaders.experts import combine as combine_experts
-from vkllm_shaders.formats import CODED, Layout, row_order
+from vkllm_shaders.formats import Layout, row_order
 from vkllm_shaders.gemm import GemmSpec, gemm
 from vkllm_shaders.gemm import fitted as fitted_gemm
 from vkllm_shaders.heads import HeadSpec, heads
@@ -60,7 +60,6 @@ from vkllm_shaders.sample import SampleSpec, argmax, top_k
 from vkllm_shaders.to_records import to_records
 
 SMALL_MODEL_BYTES = 64 << 20
-MAX_FLOAT_TILE = 4  # tokens of a tile of f32 products on lavapipe: more need more registers than there are
 ROW_ALIGN = 64  # floats: rows of activations are padded to whole steps of the matrix kernels
 TEXEL_FORMATS: dict[object, TexelFormat] = {u32: "r32ui", f32: "r32f", u32x4: "rgba32ui", f32x4: "rgba32f"}
 
@@ -107,9 +106,10 @@ class Lowering:
         # Whether QKV products can turn heads and fill the cache themselves; norms of heads always take a dispatch of their own.
         self.fuses_heads = runtime.cache_type == "f16" and c.rope_dim == c.head_dim
         n_byte = sum(device_nbytes(file.tensors[name]) for name in self._types)
-        self.activations = _activations(runtime.activations, self._choices.activations, n_byte)
         if lane_row and self.lanes != LANES:
-            self.activations = "f32"
+            self.activations: Literal["f32", "int8"] = _only_f32(runtime.activations, self.lanes)
+        else:
+            self.activations = _activations(runtime.activations, self._choices.activations, n_byte)
         self._by_op = {op.name: tuple(self._matrices_of(op)) for op in graph.ops if isinstance(op, MatrixOp)}
         self.matrices: tuple[Matrix, ...] = tuple({m.name: m for ms in self._by_op.values() for m in ms}.values())
 
@@ -224,8 +224,7 @@ class Lowering:
 
     def _matrix(self, parts: tuple[Part, ...], epilogue: str) -> Matrix:
         c, fmt = self.graph.config, self._types[parts[0].weight]
-        coded = self.layout.kind == "lane_row" and self.activations == "int8" and fmt in CODED
-        layout = Layout("lane_pair") if coded else self.layout
+        layout = self._choices.layout(fmt, self.layout.kind == "lane_row", self.lanes, self.activations == "int8")
         order = row_order(epilogue, layout, [p.n_row for p in parts], c.head_dim, c.rope_pairing)
         return Matrix.of(parts, fmt, layout, order)
 
@@ -401,22 +400,22 @@ class Lowering:
         gather: bool = False,
         records: bool = False,
     ) -> MatmulSpec:
-        experts, kind = isinstance(op, ExpertLinear), matrix.layout.kind
-        tile = self._tile(n_row, kind)
+        experts, layout = isinstance(op, ExpertLinear), matrix.layout
+        tile = self._choices.tile_of(layout, n_row)
         if experts:
             tile = self._expert_tiles.tile if self._tiles_experts(n_row) else 1
         return MatmulSpec(
             fmt=matrix.fmt,
-            layout=matrix.layout,
+            layout=layout,
             tile=tile,
             experts=experts,
             norm=op.norm is not None,
             bias=any(part.bias for part in matrix.parts),
             epilogue=epilogue,  # type: ignore[arg-type]
-            activations="f32" if kind == "lane_row" else self.activations,
+            activations="f32" if layout.kind == "lane_row" else self.activations,
             gather=gather,
             large=self._large(matrix),
-            side_by_side=2 if records and epilogue == "swiglu" else self._side_by_side(matrix, tile),
+            side_by_side=2 if records and epilogue == "swiglu" else self._choices.groups_of(matrix.fmt, layout, tile),
             records=records,
             scale=op.scale if isinstance(op, Linear) else 1.0,
             softcap=op.softcap if isinstance(op, Linear) else 0.0,
@@ -424,17 +423,6 @@ class Lowering:
             head_dim=self.graph.config.head_dim if epilogue == "qkv" else 0,
             subgroup=self.lanes,
         )
-
-    def _tile(self, n_row: int, kind: str) -> int:
-        """Tokens a workgroup of a matrix product, for a bucket of rows: a power of two."""
-        best = min(self._choices.tile, MAX_FLOAT_TILE) if kind == "lane_row" else self._choices.tile
-        return min(best, 1 << (n_row - 1).bit_length()) if kind == "lane_pair" or n_row <= 2 else best
-
-    def _side_by_side(self, matrix: Matrix, tile: int) -> int:
-        """Row groups that an integer product takes together: in tiles only where its code stays small enough for two."""
-        if matrix.layout.kind != "lane_pair":
-            return 1
-        return self._choices.side_by_side if tile <= 2 else 2 if CODED[matrix.fmt].bits in (4, 5) else 1
 
     def _large(self, matrix: Matrix) -> bool:
         """Must the GPU schedule read this matrix through a texel view, because no storage buffer reaches that far?"""
@@ -587,6 +575,16 @@ def _activations(wanted: str, faster: Literal["f32", "int8"], weight_bytes: int)
     if wanted == "auto":
         return faster if weight_bytes >= SMALL_MODEL_BYTES else "f32"
     return "int8" if wanted == "int8" else "f32"
+
+
+def _only_f32(wanted: str, lanes: int) -> Literal["f32"]:
+    """ "auto" on a device without integer products. Raises: ConfigError: int8 was asked for."""
+    if wanted == "int8":
+        raise ConfigError(
+            f"activations int8 on a CPU with subgroups of {lanes}; its integer products need {LANES}",
+            hint="choose auto or f32, or set LP_NATIVE_VECTOR_WIDTH=256 for lavapipe",
+        )
+    return "f32"
 
 
 def _bias_name(matrix: Matrix) -> str:

@@ -18,14 +18,14 @@ from vkllm.config import ModelConfig
 from vkllm.errors import VkllmError
 from vkllm.expand import device_type
 from vkllm.files.model_file import ModelFile
-from vkllm.kernels import MAX_FLOAT_TILE, texel_format
+from vkllm.kernels import texel_format
 from vkllm.models import build_graph
 from vkllm.tuned import Choices, Shape, product_shapes
 from vkllm.vk import Binding, Buffer, Device
 from vkllm_codegen import Kernel
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.attention import AttentionSpec, cache_row_nbytes, direct, partial
-from vkllm_shaders.formats import CODED, FORMATS, Layout, coded_of, packed_nbytes
+from vkllm_shaders.formats import FORMATS, coded_of, packed_nbytes
 from vkllm_shaders.matmul import MatmulSpec, matmul
 from vkllm_shaders.records import LANES, n_group, record_nbytes
 
@@ -121,17 +121,12 @@ def model_shapes(file: ModelFile) -> Counter[Shape]:
 
 def product_spec(fmt: str, choices: Choices, n_token: int, lane_row: bool, lanes: int) -> MatmulSpec:
     """The product of so many tokens that the engine would choose, with nothing fused."""
-    layout = Layout("lane_row", lanes, choices.rows) if lane_row else Layout("lane_chunk", 1, choices.rows)
     integers = choices.activations == "int8" and bool(FORMATS[fmt].n_sub)
-    tile, side_by_side = 1 if n_token == 1 else choices.tile, 1
-    if lane_row:
-        integers = integers and fmt in CODED and lanes == LANES
-        if integers:
-            layout = Layout("lane_pair")
-            side_by_side = choices.side_by_side if tile <= 2 else 2 if CODED[fmt].bits in (4, 5) else 1
-        else:
-            tile = min(tile, MAX_FLOAT_TILE)
-    return MatmulSpec(fmt, layout, tile, activations="int8" if integers else "f32", side_by_side=side_by_side, subgroup=lanes)
+    layout = choices.layout(fmt, lane_row, lanes, integers)
+    integers = integers and layout.kind != "lane_row"
+    tile = choices.tile_of(layout, n_token)
+    together = choices.groups_of(fmt, layout, tile)
+    return MatmulSpec(fmt, layout, tile, activations="int8" if integers else "f32", side_by_side=together, subgroup=lanes)
 
 
 class DeviceTimer:

@@ -16,6 +16,10 @@ from typing import Literal
 from vkllm.kernel_cache import KernelCache
 from vkllm.plan import Embed, Graph, Linear, parts_of
 from vkllm.vk import DeviceInfo, cache
+from vkllm_shaders.formats import CODED, Layout
+from vkllm_shaders.records import LANES
+
+MAX_FLOAT_TILE = 4  # tokens of a tile of f32 products on lavapipe: more need more registers than there are
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,23 @@ class Choices:
     attention_tile: int = 0
     split: int = 512
     activations: Literal["f32", "int8"] = "f32"
+
+    def layout(self, fmt: str, lane_row: bool, lanes: int, integers: bool) -> Layout:
+        """Where the weights of a type lie, `integers`: with activations in 8 bits."""
+        if not lane_row:
+            return Layout("lane_chunk", 1, self.rows)
+        return Layout("lane_pair") if integers and fmt in CODED and lanes == LANES else Layout("lane_row", lanes, self.rows)
+
+    def tile_of(self, layout: Layout, n_row: int) -> int:
+        """Tokens a workgroup of a matrix product, for a bucket of rows: a power of two."""
+        best = min(self.tile, MAX_FLOAT_TILE) if layout.kind == "lane_row" else self.tile
+        return min(best, 1 << (n_row - 1).bit_length()) if layout.kind == "lane_pair" or n_row <= 2 else best
+
+    def groups_of(self, fmt: str, layout: Layout, tile: int) -> int:
+        """Row groups that an integer product takes together: in tiles only where its code stays small enough for two."""
+        if layout.kind != "lane_pair":
+            return 1
+        return self.side_by_side if tile <= 2 else 2 if CODED[fmt].bits in (4, 5) else 1
 
 
 ALLOWED: dict[str, tuple[object, ...]] = {

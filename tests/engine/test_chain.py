@@ -130,6 +130,15 @@ def test_a_matrix_that_no_view_reaches_is_refused_by_name(tiny: GGUFFile, kind: 
         Recorder(tiny, RuntimeConfig(n_ctx=64, prefill_chunk=4), kind, small)
 
 
+def test_int8_that_a_cpu_cannot_do_is_refused(tiny: GGUFFile) -> None:
+    """On its own accord ("auto") it takes f32; asked for int8 it does not."""
+    limits = replace(MINIMUM_LIMITS, subgroup_size=4)
+    assert Recorder(tiny, RuntimeConfig(n_ctx=64), "cpu", limits).chain.activations == "f32"
+    with pytest.raises(ConfigError, match="subgroups of 4") as caught:
+        Recorder(tiny, RuntimeConfig(n_ctx=64, activations="int8"), "cpu", limits)
+    assert "auto or f32" in caught.value.hint
+
+
 def test_submits_are_bounded_in_time(tiny: GGUFFile) -> None:
     recorder = Recorder(tiny, RuntimeConfig(n_ctx=256, submit_ms=0.1), "cpu")
     recorder.forward(1)

@@ -24,11 +24,10 @@ Files: `spec` the shapes, `body` loops and arithmetic, `activations` x, `integer
 """
 
 from vkllm_shaders.matmul.kernels import OWN_BINDINGS, OWN_PUSH, alike, matmul, matmul_pair, pair_groups
-from vkllm_shaders.matmul.spec import ALIGN_COLUMNS, BEST_TILE, Epilogue, MatmulSpec, push_constants
+from vkllm_shaders.matmul.spec import ALIGN_COLUMNS, Epilogue, MatmulSpec, push_constants
 
 __all__ = [
     "ALIGN_COLUMNS",
-    "BEST_TILE",
     "OWN_BINDINGS",
     "OWN_PUSH",
     "Epilogue",

@@ -17,10 +17,6 @@ DEFAULT_LAYOUT = Layout()
 Epilogue = Literal["store", "residual", "swiglu", "geglu", "swiglu_oai", "qkv"]
 
 
-BEST_TILE = {"lane_row": 4, "lane_pair": 8, "lane_chunk": 4}
-"""Tokens of a tile where there are enough: on lavapipe larger ones are no faster (registers) and take longer to compile."""
-
-
 @dataclass(frozen=True)
 class MatmulSpec:
     """What one kernel does; every field makes a new module.
