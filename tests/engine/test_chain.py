@@ -133,9 +133,9 @@ def test_a_matrix_that_no_view_reaches_is_refused_by_name(tiny: GGUFFile, kind: 
 def test_int8_that_a_cpu_cannot_do_is_refused(tiny: GGUFFile) -> None:
     """On its own accord ("auto") it takes f32; asked for int8 it does not."""
     limits = replace(MINIMUM_LIMITS, subgroup_size=4)
-    assert Recorder(tiny, RuntimeConfig(n_ctx=64), "cpu", limits).chain.activations == "f32"
+    assert Recorder(tiny, RuntimeConfig(n_ctx=256), "cpu", limits).chain.activations == "f32"
     with pytest.raises(ConfigError, match="subgroups of 4") as caught:
-        Recorder(tiny, RuntimeConfig(n_ctx=64, activations="int8"), "cpu", limits)
+        Recorder(tiny, RuntimeConfig(n_ctx=256, activations="int8"), "cpu", limits)
     assert "auto or f32" in caught.value.hint
 
 
