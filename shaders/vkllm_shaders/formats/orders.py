@@ -35,9 +35,9 @@ def row_order(
         if len(n_rows) != 2 or n_rows[0] != n_rows[1]:
             raise KernelError(f"{epilogue} of parts with {list(n_rows)} rows", hint="expected gate and up of one size")
         pairs = np.stack([np.arange(n_rows[0]), np.arange(n_rows[0]) + n_rows[0]])
-        if layout.kind == "lane_pair":  # in two groups a lane has four neighbours: two in the first, two in the second
-            both = np.stack([_padded(part, 2 * layout.group_rows // 2) for part in pairs])
-            return np.ascontiguousarray(both.reshape(2, -1, layout.lanes, 2, 2).transpose(1, 3, 4, 0, 2)).reshape(-1)
+        if layout.kind == "lane_pair":  # of four neighbours, a lane has two in a group and two in the group half of all further
+            both = np.stack([_padded(part, layout.group_rows) for part in pairs])
+            return np.ascontiguousarray(both.reshape(2, -1, layout.lanes, 2, 2).transpose(3, 1, 4, 0, 2)).reshape(-1)
     else:
         if head_dim < 2 or head_dim % 2 or any(n % head_dim for n in n_rows):
             raise KernelError(f"qkv of parts with {list(n_rows)} rows", hint=f"expected whole heads of {head_dim} (even) rows")

@@ -26,7 +26,7 @@ class Body:
         self.rows, self.tile = spec.layout.rows, spec.tile
         self.lane = b.subgroup_lane()
         workgroup = b.workgroup_id(spec.row_axis) if workgroup is None else workgroup
-        self.group = workgroup * spec.side_by_side if spec.on_lavapipe else workgroup * spec.subgroups + b.subgroup_id()
+        self.groups = self._own_groups(workgroup)
         self.first_token = b.workgroup_id(1 - spec.row_axis) * spec.tile
         self.expert_group = self._find_expert() if spec.experts else None
         self.acc = [[b.var(f32, 0.0) for _ in range(self.rows * spec.side_by_side)] for _ in range(self.tile)]
@@ -45,6 +45,15 @@ class Body:
     def walk(self) -> None:
         """Add up the products."""
         (self._walk_rows if self.spec.on_lavapipe else self._walk_steps)()
+
+    def _own_groups(self, workgroup: Value) -> list[Value]:
+        """The row groups that are multiplied side by side. They lie far apart, so that workgroups which follow one another read
+        on where the last one stopped: what a processor's own reading ahead expects."""
+        spec = self.spec
+        if not spec.on_lavapipe:
+            return [workgroup * spec.subgroups + self.b.subgroup_id()]
+        apart = (self.push["n_group"] + (spec.side_by_side - 1)) // spec.side_by_side
+        return [workgroup, *(workgroup + apart * i for i in range(1, spec.side_by_side))]
 
     def _find_expert(self) -> Value:
         """The first row group of the expert's weights. A tile without one has no chunks to walk along, and no rows to write."""
@@ -75,7 +84,7 @@ class Body:
         """Each lane along its own rows."""
         b, f, s = self.b, self.fmt, self.spec.lanes
         n_texel, n_head, n_body = f.n_texel(self.rows), f.n_head(self.rows), f.n_body(self.rows)
-        w, start = self.bufs["w"], self.of_expert(self.group) * self.push["n_chunk"]
+        w, start = self.bufs["w"], self.of_expert(self.groups[0]) * self.push["n_chunk"]
         last = self.of_expert(self.push["n_group"]) * self.push["n_chunk"] * (n_texel * s) - 1
         with b.range(0, self.push["n_chunk"]) as chunk:
             base = (start + chunk) * (n_texel * s) + self.lane
@@ -104,7 +113,7 @@ class Body:
         b, f = self.b, self.fmt
         n_chunk = self.push["n_chunk"]
         n_step, w = n_chunk * f.steps, self.bufs["w"]
-        group = b.min(self.group, self.push["n_group"] - 1)
+        group = b.min(self.groups[0], self.push["n_group"] - 1)
         base = self.of_expert(group) * (n_chunk * f.n_texel(self.rows))
         with b.range(self.lane, n_step, step=self.spec.lanes) as at:
             chunk, step = (at, 0) if f.steps == 1 else (at >> 2, at & 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from vkllm_codegen import Block, Value, f16, f32
+from vkllm_codegen import Block, Value, f16, f32, u32
 from vkllm_shaders.matmul.spec import NO_SLOT
 from vkllm_shaders.records import GROUP, LANES, OWN, group_squares, norm_factor, write_group
 from vkllm_shaders.sums import at_most, tanh, tree_sum
@@ -69,17 +69,20 @@ class Finish:
     def _packed(self, r: int) -> Value:
         """The packed row of one of a lane's rows."""
         layout = self.spec.layout
-        return ((self.body.group + r // layout.rows) * layout.rows + r % layout.rows) * layout.lanes + self.body.lane
+        return (self.body.groups[r // layout.rows] * layout.rows + r % layout.rows) * layout.lanes + self.body.lane
 
     def _row(self, r: int) -> Value:
         """The row of y (or the pair, for "qkv") of one of a lane's rows or pairs; the same as row_order tells."""
         layout, lane, packed = self.spec.layout, self.body.lane, self._packed(r)
-        group, r = self.body.group + r // layout.rows, r % layout.rows
+        beside, r = divmod(r, layout.rows)
+        group = self.body.groups[beside]
         if not self.spec.paired:
             return packed if layout.kind == "lane_row" else group * layout.group_rows + lane * layout.rows + r
         if layout.kind == "lane_row" or self.spec.epilogue == "qkv":
             return (group * (layout.rows // 2) + r // 2) * layout.lanes + lane
-        return (group >> 1) * layout.group_rows + lane * layout.rows + ((group & 1) * 2 + r // 2)
+        half = self.push["n_group"] >> 1  # whose rows are the first two of a lane's four neighbours
+        late: Value | int = beside if self.spec.side_by_side == 2 else self.b.select(group < half, self.b.const(u32, 0), 1)
+        return (group - half * late) * layout.group_rows + lane * layout.rows + (r // 2 + late * 2)
 
     def _with_records(self, values: list[list[Value]]) -> None:
         """Store y and its record, a lane its four neighbours of each 32 columns."""
@@ -89,10 +92,10 @@ class Finish:
             row = self.body.token(t)
             token = self._scaled([self._biased([v], self._packed(r))[0] for r, v in enumerate(token)])
             for first in range(0, len(token), self.body.rows if spec.epilogue == "residual" else 2 * self.body.rows):
-                group = self.body.group + first // self.body.rows
+                group = self.body.groups[first // self.body.rows]
                 if spec.epilogue == "swiglu":
                     pairs = [token[first + i : first + i + 2] for i in range(0, 2 * self.body.rows, 2)]
-                    own, group = [_swiglu(b, gate, up) for gate, up in pairs], group >> 1
+                    own = [_swiglu(b, gate, up) for gate, up in pairs]
                 else:
                     own = token[first : first + self.body.rows]
                 with b.when((group < groups) & (row < push["n_token"])):
@@ -122,7 +125,7 @@ class Finish:
                 for j, other in enumerate(flat[1:], 1):
                     v = b.select(i == j, other, v)
                 picked.append(v)
-            packed = self.body.group * rows + i % (rows // step) * step
+            packed = self.body.groups[0] * rows + i % (rows // step) * step
             self.one(picked, packed, packed // step, i // (rows // step))
 
     def one(self, values: list[Value], packed: Value, row: Value, t: Value | int) -> None:

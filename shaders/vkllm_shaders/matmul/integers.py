@@ -34,7 +34,7 @@ class IntegerBody(Body):
         """A loop over the steps; or over chunks and their steps, so that a long head is loaded once."""
         b, c, push = self.b, self.coded, self.push
         last = push["n_group"] - 1
-        starts = [self.of_expert(b.min(self.group + i, last)) * push["n_chunk"] for i in range(self.spec.side_by_side)]
+        starts = [self.of_expert(b.min(group, last)) * push["n_chunk"] for group in self.groups]
 
         def bases(chunk: Value) -> list[Value]:
             return [(start + chunk) * (c.n_texel * LANES) + self.lane for start in starts]
