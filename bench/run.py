@@ -61,7 +61,7 @@ def standard_kernels(device: Device, repeat: int) -> list[dict[str, Any]]:
     for fmt in FORMATS_OF_LIST:
         for n_token in TOKENS:
             n_row, n_col = BIG[1] if fmt in BIG[0] else BIG[2]
-            spec = product_spec(fmt, default_choices(cpu), n_token, cpu, lanes)
+            spec = product_spec(fmt, default_choices(cpu), n_row, n_token, cpu, lanes)
             tell(f"kernel {spec.name}")
             found.append({"fmt": fmt, "activations": spec.activations, **measure(device, spec, n_row, n_col, n_token, repeat)})
     return found

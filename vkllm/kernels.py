@@ -378,7 +378,7 @@ class Lowering:
         buffers |= {"w": matrix.name, "x": op.x, "params": "params", "bias": _bias_name(matrix)} | (
             {"norm_w": op.norm} if op.norm else {}
         )
-        n_packed = len(matrix.order) // max(1, matrix.parts[0].n_expert)  # of one expert
+        n_packed = self._n_packed(matrix)
         push |= {"n_chunk": matrix.n_chunk, "n_group": matrix.layout.n_group(n_packed), "n_token": n_row}
         push |= {"n_col": matrix.n_col, "x_stride": self.stride(op.x) // 4, "eps": self.graph.config.rms_norm_eps}
         if spec.from_records:
@@ -401,7 +401,7 @@ class Lowering:
         records: bool = False,
     ) -> MatmulSpec:
         experts, layout = isinstance(op, ExpertLinear), matrix.layout
-        tile = self._choices.tile_of(layout, n_row)
+        tile, n_group = self._choices.tile_of(layout, n_row), layout.n_group(self._n_packed(matrix))
         if experts:
             tile = self._expert_tiles.tile if self._tiles_experts(n_row) else 1
         return MatmulSpec(
@@ -415,7 +415,7 @@ class Lowering:
             activations="f32" if layout.kind == "lane_row" else self.activations,
             gather=gather,
             large=self._large(matrix),
-            side_by_side=2 if records and epilogue == "swiglu" else self._choices.groups_of(matrix.fmt, layout, tile),
+            side_by_side=self._choices.groups_of(matrix.fmt, layout, tile, n_group, 2 if records and epilogue == "swiglu" else 1),
             records=records,
             scale=op.scale if isinstance(op, Linear) else 1.0,
             softcap=op.softcap if isinstance(op, Linear) else 0.0,
@@ -423,6 +423,10 @@ class Lowering:
             head_dim=self.graph.config.head_dim if epilogue == "qkv" else 0,
             subgroup=self.lanes,
         )
+
+    def _n_packed(self, matrix: Matrix) -> int:
+        """Packed rows, of one expert."""
+        return len(matrix.order) // max(1, matrix.parts[0].n_expert)
 
     def _large(self, matrix: Matrix) -> bool:
         """Must the GPU schedule read this matrix through a texel view, because no storage buffer reaches that far?"""

@@ -67,7 +67,7 @@ def axes(lane_row: bool, lanes: int) -> dict[str, tuple[object, ...]]:
         **({"activations": ("f32", "int8")} if integers else {}),
         "rows": (2, 4, 8),
         "tile": (4, 8, 16) if integers else (2, 4),
-        **({"side_by_side": (1, 2)} if integers and lane_row else {}),
+        **({"side_by_side": (1, 2, 4)} if integers and lane_row else {}),
         **({"attention_tile": (0, 2 * lanes)} if lane_row else {"split": (256, 512, 1024)}),
     }
 
@@ -119,13 +119,13 @@ def model_shapes(file: ModelFile) -> Counter[Shape]:
     return product_shapes(graph, {part.weight: device_type(file.tensors[part.weight].type) for part in graph.parts()})
 
 
-def product_spec(fmt: str, choices: Choices, n_token: int, lane_row: bool, lanes: int) -> MatmulSpec:
+def product_spec(fmt: str, choices: Choices, n_row: int, n_token: int, lane_row: bool, lanes: int) -> MatmulSpec:
     """The product of so many tokens that the engine would choose, with nothing fused."""
     integers = choices.activations == "int8" and bool(FORMATS[fmt].n_sub)
     layout = choices.layout(fmt, lane_row, lanes, integers)
     integers = integers and layout.kind != "lane_row"
     tile = choices.tile_of(layout, n_token)
-    together = choices.groups_of(fmt, layout, tile)
+    together = choices.groups_of(fmt, layout, tile, layout.n_group(n_row))
     return MatmulSpec(fmt, layout, tile, activations="int8" if integers else "f32", side_by_side=together, subgroup=lanes)
 
 
@@ -154,7 +154,7 @@ class DeviceTimer:
         return self._known[key]
 
     def _matmul(self, shape: Shape, choices: Choices, n_token: int) -> float:
-        spec = product_spec(shape.fmt, choices, n_token, self._lane_row, self._lanes)
+        spec = product_spec(shape.fmt, choices, shape.n_row, n_token, self._lane_row, self._lanes)
         return self._once((spec, shape, n_token), lambda: self._run_matmul(spec, shape, n_token))
 
     def _run_matmul(self, spec: MatmulSpec, shape: Shape, n_token: int) -> float:

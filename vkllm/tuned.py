@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +21,15 @@ from vkllm_shaders.formats import CODED, Layout
 from vkllm_shaders.records import LANES
 
 MAX_FLOAT_TILE = 4  # tokens of a tile of f32 products on lavapipe: more need more registers than there are
+
+
+COST_OF_GROUPS = {4: 1.0, 2: 1.13, 1: 1.3}  # of a row group, by how many share their x (bench/LOG.md)
+MAX_DRIVER_THREADS = 16  # llvmpipe's LP_MAX_THREADS
+
+
+def driver_threads() -> int:
+    """Threads of lavapipe: a core each."""
+    return min(int(os.environ.get("LP_NUM_THREADS") or len(os.sched_getaffinity(0))) or 1, MAX_DRIVER_THREADS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +47,13 @@ class Choices:
     """How kernels are made where several ways give the same results.
 
     `rows`: of a matrix, that a lane owns. `tile`: tokens a workgroup in prefill. `side_by_side`: row groups of an integer product
-    that a workgroup takes together in decode. `attention_tile`: positions a turn (0: one a lane). `split`: positions a workgroup
+    that a workgroup takes together in decode, where there are enough of them. `attention_tile`: positions a turn (0: one a lane). `split`: positions a workgroup
     of split attention. `activations`: what "auto" means for this model.
     """
 
     rows: int = 4
     tile: int = 4
-    side_by_side: int = 2
+    side_by_side: int = 4
     attention_tile: int = 0
     split: int = 512
     activations: Literal["f32", "int8"] = "f32"
@@ -59,17 +69,21 @@ class Choices:
         best = min(self.tile, MAX_FLOAT_TILE) if layout.kind == "lane_row" else self.tile
         return min(best, 1 << (n_row - 1).bit_length()) if layout.kind == "lane_pair" or n_row <= 2 else best
 
-    def groups_of(self, fmt: str, layout: Layout, tile: int) -> int:
-        """Row groups that an integer product takes together: in tiles only where its code stays small enough for two."""
+    def groups_of(self, fmt: str, layout: Layout, tile: int, n_group: int, at_least: int = 1) -> int:
+        """Row groups, of `n_group`, that an integer product takes together. In tiles of tokens two, where the code stays small
+        enough; else as many as let the busiest of the driver's threads, which share out workgroups evenly, finish first."""
         if layout.kind != "lane_pair":
             return 1
-        return self.side_by_side if tile <= 2 else 2 if CODED[fmt].bits in (4, 5) else 1
+        if tile > 1:
+            return max(at_least, 2 if tile == 2 or CODED[fmt].bits in (4, 5) else 1)
+        counts = [n for n in COST_OF_GROUPS if at_least <= n <= max(at_least, self.side_by_side)]
+        return min(counts, key=lambda n: -(-n_group // (n * driver_threads())) * n * COST_OF_GROUPS[n])
 
 
 ALLOWED: dict[str, tuple[object, ...]] = {
     "rows": (2, 4, 8),
     "tile": (2, 4, 8, 16),
-    "side_by_side": (1, 2),
+    "side_by_side": (1, 2, 4),
     "attention_tile": (0, 8, 16, 32, 64),
     "split": (128, 256, 512, 1024, 2048),
     "activations": ("f32", "int8"),

@@ -98,7 +98,7 @@ def _matmul_specs(row_lanes: int, chunk_lanes: int) -> Iterator[MatmulSpec]:
 def _integers() -> Iterator[Entry]:
     """Integer products on lavapipe, with what the chain fuses into them, and who else makes or reads their operands."""
     yield from ((spec.name, partial(matmul.matmul, spec)) for spec in _pair_specs())
-    first, second = (_pair_spec(fmt, norm=True, bias=True, side_by_side=2) for fmt in ("Q4_K", "Q6_K"))
+    first, second = (_pair_spec(fmt, norm=True, bias=True, side_by_side=4) for fmt in ("Q4_K", "Q6_K"))
     yield f"{first.name}_and_{second.fmt.lower()}", partial(matmul.matmul_pair, first, second)
     yield from ((f"embed_{fmt.lower()}_lane_pair", partial(embed.embed_codes, fmt)) for fmt in CODED)
     for fmt in ("Q5_0", "Q6_K"):
@@ -120,20 +120,20 @@ _pair_spec = partial(MatmulSpec, layout=Layout("lane_pair"), activations="int8")
 def _pair_specs() -> Iterator[MatmulSpec]:
     spec = _pair_spec
     for fmt in CODED:
-        yield from (spec(fmt), spec(fmt, tile=8), spec(fmt, side_by_side=2))
+        yield from (spec(fmt), spec(fmt, tile=8), spec(fmt, side_by_side=2), spec(fmt, side_by_side=4))
         if CODED[fmt].bits in (4, 5):
             yield spec(fmt, tile=8, side_by_side=2)
     yield spec("Q4_0", tile=2)
     yield spec("Q5_K", tile=16)
     qkv = partial(spec, norm=True, epilogue="qkv", head_dim=64)
-    yield qkv("Q5_0", side_by_side=2, bias=True, rope_pairing="half")
+    yield qkv("Q5_0", side_by_side=4, bias=True, rope_pairing="half")
     yield qkv("Q8_0", tile=8)
-    yield spec("Q4_K", side_by_side=2, norm=True, epilogue="swiglu", records=True)
+    yield from (spec("Q4_K", side_by_side=n, norm=True, epilogue="swiglu", records=True) for n in (2, 4))
     yield spec("Q4_K", tile=8, norm=True, epilogue="swiglu")
-    yield spec("Q2_K", side_by_side=2, norm=True, epilogue="geglu")
-    yield from (spec("Q6_K", side_by_side=n, epilogue="residual", records=True) for n in (1, 2))
+    yield spec("Q2_K", side_by_side=4, norm=True, epilogue="geglu")
+    yield from (spec("Q6_K", side_by_side=n, epilogue="residual", records=True) for n in (1, 4))
     yield spec("Q6_K", tile=8, bias=True, epilogue="residual")
-    yield spec("Q8_0", side_by_side=2, norm=True, gather=True, scale=0.25, softcap=30.0)
+    yield spec("Q8_0", side_by_side=4, norm=True, gather=True, scale=0.25, softcap=30.0)
     yield spec("Q8_0", tile=8, norm=True)
     yield from (spec("Q4_K", tile=tile, norm=True, bias=True, epilogue="swiglu_oai", experts=True) for tile in (1, 8))
 

@@ -150,7 +150,7 @@ def test_what_is_tried_may_be_kept(lane_row: bool) -> None:
 
 
 def test_what_integer_products_choose_is_tried_where_they_are() -> None:
-    assert axes(True, 8)["side_by_side"] == (1, 2)
+    assert axes(True, 8)["side_by_side"] == (1, 2, 4)
     assert axes(True, 8)["tile"] == (4, 8, 16)
     assert not {"activations", "side_by_side"} & set(axes(True, 16))
     assert "side_by_side" not in axes(False, 32)
@@ -158,7 +158,7 @@ def test_what_integer_products_choose_is_tried_where_they_are() -> None:
 
 CHOSEN = [
     (schedule, Choices(rows=rows, tile=tile, side_by_side=side_by_side, activations=activations))
-    for schedule, rows, tile, side_by_side in (("lane_row", 4, 8, 2), ("lane_row", 2, 4, 1), ("lane_chunk", 8, 16, 2))
+    for schedule, rows, tile, side_by_side in (("lane_row", 4, 8, 4), ("lane_row", 2, 4, 1), ("lane_chunk", 8, 16, 2))
     for activations in ("f32", "int8")
 ]
 
@@ -178,7 +178,8 @@ def test_what_is_timed_is_what_the_engine_runs(schedule: Any, choices: Choices, 
                 continue
             fused = lower._spec(op, matrix, op.epilogue if isinstance(op, Linear) else "qkv", n_row)
             plain = replace(fused, norm=False, bias=False, epilogue="store", head_dim=0, rope_pairing="interleaved")
-            assert product_spec(matrix.fmt, choices, n_row, schedule == "lane_row", lanes=8) == plain
+            n_packed = lower._n_packed(matrix)
+            assert product_spec(matrix.fmt, choices, n_packed, n_row, schedule == "lane_row", lanes=8) == plain
 
 
 def test_row_groups_side_by_side_concern_decode_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def test_packing_costs_little_memory() -> None:
         assert packed_nbytes(fmt, 64, 1024, PAIR) <= most * 64 * FORMATS[fmt].row_bytes(1024), fmt
 
 
-@pytest.mark.parametrize("side_by_side", [1, 2])
+@pytest.mark.parametrize("side_by_side", [1, 2, 4])
 @pytest.mark.parametrize("tile", [1, 2, 8])
 @pytest.mark.parametrize("fmt", CODED)
 def test_products_of_whole_numbers(fmt: str, tile: int, side_by_side: int) -> None:
@@ -114,6 +114,7 @@ def test_products_of_whole_numbers(fmt: str, tile: int, side_by_side: int) -> No
         {"epilogue": "residual", "bias": True},
         {"epilogue": "swiglu", "norm": True},
         {"epilogue": "swiglu", "norm": True, "bias": True, "side_by_side": 2},
+        {"epilogue": "swiglu", "norm": True, "bias": True, "side_by_side": 4},
         {"norm": True, "gather": True},
         {"scale": 0.25, "softcap": 30.0},
     ],
@@ -132,7 +133,7 @@ def test_fused_work(fused: dict[str, Any], tile: int) -> None:
 @pytest.mark.parametrize("tile", [1, 8])
 def test_qkv_with_rope_and_cache(tile: int, pairing: str) -> None:
     fields: dict[str, Any] = {"norm": True, "bias": True, "epilogue": "qkv", "rope_pairing": pairing, "head_dim": 16}
-    spec = spec_of("Q8_0", "lane_pair", tile=tile, side_by_side=3 - min(tile, 2), **fields)
+    spec = spec_of("Q8_0", "lane_pair", tile=tile, side_by_side={1: 4, 8: 1}[tile], **fields)
     Case(spec, (48, 16, 16), 64, 5).check_qkv(3, 1)
     Case(spec, (32,), 64, 3).check_qkv(3, 2, first_head=5)
 
@@ -182,7 +183,7 @@ def result_of(case: Case, **fields: Any) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("n_row", [32, 96, 160])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("epilogue", "side_by_side"), [("residual", 1), ("residual", 2), ("swiglu", 2)])
+@pytest.mark.parametrize(("epilogue", "side_by_side"), [("residual", 1), ("residual", 4), ("swiglu", 2), ("swiglu", 4)])
 def test_the_record_of_a_result_is_that_of_y(epilogue: Any, side_by_side: int, bias: bool, scaled: bool, n_row: int) -> None:
     """As to_records makes it of the y that was written, which is that without a record; an odd row's place is left alone."""
     eight_lanes()
@@ -208,18 +209,18 @@ def test_a_row_has_the_same_bits_whatever_the_tile(fmt: str, fused: dict[str, An
     n_rows = (70, 70) if fused.get("epilogue") == "swiglu" else (70,)
     case = Case(spec_of(fmt, "lane_pair", **fused), n_rows, 512, 5)
     y = result_of(case)["y"]
-    for tile, side_by_side in ((1, 2), (2, 1), (4, 1), (8, 1), (2, 2), (16, 1)):
+    for tile, side_by_side in ((1, 2), (1, 4), (2, 1), (4, 1), (8, 1), (2, 2), (16, 1)):
         other = result_of(case, tile=tile, side_by_side=side_by_side)["y"]
         assert np.array_equal(bits(other), bits(y)), f"tile {tile}, {side_by_side} side by side"
     case.n_token = case.push["n_token"] = 1
-    assert np.array_equal(bits(result_of(case, side_by_side=2)["y"]), bits(y[:1]))
+    assert np.array_equal(bits(result_of(case, side_by_side=4)["y"]), bits(y[:1]))
 
 
 @pytest.mark.parametrize("pair", [("Q4_K", "Q6_K"), ("Q5_0", "Q8_0")])
 @pytest.mark.parametrize("tile", [1, 8])
 def test_a_pair_gives_the_bits_of_its_products(pair: tuple[str, str], tile: int) -> None:
     eight_lanes()
-    fields: dict[str, Any] = {"tile": tile, "norm": True, "side_by_side": 2 if tile == 1 else 1}
+    fields: dict[str, Any] = {"tile": tile, "norm": True, "side_by_side": 4 if tile == 1 else 1}
     first, second = (Case(spec_of(fmt, "lane_pair", **fields), (n,), 256, 3) for fmt, n in zip(pair, (70, 40), strict=True))
     assert np.array_equal(first.buffers["x"], second.buffers["x"])
     second.push["first_row"] = 70

@@ -48,12 +48,18 @@ class Body:
 
     def _own_groups(self, workgroup: Value) -> list[Value]:
         """The row groups that are multiplied side by side. They lie far apart, so that workgroups which follow one another read
-        on where the last one stopped: what a processor's own reading ahead expects."""
-        spec = self.spec
+        on where the last one stopped: what a processor's own reading ahead expects. Gated rows need two groups, which follow
+        one another in this list, half of all groups apart (see row_order)."""
+        spec, n_group = self.spec, self.push["n_group"]
         if not spec.on_lavapipe:
             return [workgroup * spec.subgroups + self.b.subgroup_id()]
-        apart = (self.push["n_group"] + (spec.side_by_side - 1)) // spec.side_by_side
-        return [workgroup, *(workgroup + apart * i for i in range(1, spec.side_by_side))]
+        if spec.side_by_side == 1:
+            return [workgroup]
+        halves = 2 if spec.gated else 1
+        n_place = spec.side_by_side // halves
+        apart = (n_group // halves + (n_place - 1)) // n_place
+        places = [workgroup + apart * i if i else workgroup for i in range(n_place)]
+        return [place + n_group // 2 if late else place for place in places for late in range(halves)]
 
     def _find_expert(self) -> Value:
         """The first row group of the expert's weights. A tile without one has no chunks to walk along, and no rows to write."""

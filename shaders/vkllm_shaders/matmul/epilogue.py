@@ -80,9 +80,12 @@ class Finish:
             return packed if layout.kind == "lane_row" else group * layout.group_rows + lane * layout.rows + r
         if layout.kind == "lane_row" or self.spec.epilogue == "qkv":
             return (group * (layout.rows // 2) + r // 2) * layout.lanes + lane
-        half = self.push["n_group"] >> 1  # whose rows are the first two of a lane's four neighbours
-        late: Value | int = beside if self.spec.side_by_side == 2 else self.b.select(group < half, self.b.const(u32, 0), 1)
-        return (group - half * late) * layout.group_rows + lane * layout.rows + (r // 2 + late * 2)
+        if self.spec.side_by_side > 1:
+            place, late = self.body.groups[beside // 2 * 2], beside % 2
+            return place * layout.group_rows + (lane * layout.rows + (r // 2 + late * 2))
+        half = self.push["n_group"] // 2
+        behind = self.b.select(group < half, self.b.const(u32, 0), 1)
+        return (group - half * behind) * layout.group_rows + lane * layout.rows + (r // 2 + behind * 2)
 
     def _with_records(self, values: list[list[Value]]) -> None:
         """Store y and its record, a lane its four neighbours of each 32 columns."""

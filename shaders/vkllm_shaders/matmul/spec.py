@@ -66,11 +66,13 @@ class MatmulSpec:
             raise KernelError(
                 f"{self.activations} activations in {self.layout.kind}", hint="lane_pair is for int8, lane_row for f32"
             )
-        together = {"residual": (1, 2), "swiglu": (2,)}.get(self.epilogue, ())
-        if (self.side_by_side != 1 and self.layout.kind != "lane_pair") or (self.records and self.side_by_side not in together):
+        allowed = (1, 2, 4) if self.layout.kind == "lane_pair" else (1,)
+        if self.records:
+            allowed = {"residual": (1, 2, 4), "swiglu": (2, 4)}.get(self.epilogue, ())
+        if self.side_by_side not in allowed:
             raise KernelError(
                 f"{self.side_by_side} row groups side by side, {self.epilogue}{', records' * self.records}",
-                hint="expected lane_pair; records come from residual, or from swiglu with two",
+                hint="expected 1, 2 or 4 of lane_pair; records come from residual, or from swiglu with 2 or 4",
             )
         if self.records and self.experts:
             raise KernelError("records of experts", hint="expected a dispatch of to_records behind them")
@@ -80,7 +82,12 @@ class MatmulSpec:
     @property
     def paired(self) -> bool:
         """Does a lane hold its rows in pairs (see formats.row_order)?"""
-        return self.epilogue in ("swiglu", "geglu", "swiglu_oai", "qkv")
+        return self.gated or self.epilogue == "qkv"
+
+    @property
+    def gated(self) -> bool:
+        """Is a row made of two rows of w, a gate and what it lets through?"""
+        return self.epilogue in ("swiglu", "geglu", "swiglu_oai")
 
     @property
     def in_tiles(self) -> bool:
