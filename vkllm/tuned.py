@@ -47,8 +47,8 @@ class Choices:
     """How kernels are made where several ways give the same results.
 
     `rows`: of a matrix, that a lane owns. `tile`: tokens a workgroup in prefill. `side_by_side`: row groups of an integer product
-    that a workgroup takes together in decode, where there are enough of them. `attention_tile`: positions a turn (0: one a lane). `split`: positions a workgroup
-    of split attention. `activations`: what "auto" means for this model.
+    that a workgroup takes together in decode, where there are enough of them. `attention_tile`: positions a turn (0: one a lane).
+    `split`: positions a workgroup of split attention. `activations`: what "auto" means for this model.
     """
 
     rows: int = 4

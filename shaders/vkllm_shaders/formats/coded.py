@@ -156,13 +156,21 @@ class CodedWeights(Texels):
         """f32, of a row."""
         if not self.coded.scales.endswith("bytes"):
             return self._half(0, r)
-        return self._factor(r, 0) * self._byte(r, sub, 0)
+        return self.factor(r) * self._byte(r, sub, 0).to(f32)
+
+    def factor(self, r: int) -> Value:
+        """f32: where scales are bytes, what they count for."""
+        return self._factor(r, 0)
+
+    def whole_scale(self, r: int, sub: int) -> Value:
+        """i32: a scale that is a byte."""
+        return self.keep(("whole scale", r, sub), lambda: self._byte(r, sub, 0))
 
     def minimum(self, r: int, sub: int) -> Value:
         """f32, of a row; only where there are minimums. Q4_1 and Q5_1 keep what they add."""
         if not self.coded.scales.endswith("bytes"):
             return -self._half(4, r)
-        return self._factor(r, 1) * self._byte(r, sub, 1)
+        return self._factor(r, 1) * self._byte(r, sub, 1).to(f32)
 
     def _half(self, first: int, r: int) -> Value:
         """The f16 of a row and this step, from head word `first` on or from the tail."""
@@ -188,7 +196,7 @@ class CodedWeights(Texels):
         return self.keep(("factors", word), lambda: self.b.unpack_half2x16(self.head(word)))[i]
 
     def _byte(self, r: int, sub: int, which: int) -> Value:
-        """f32: the 8 bits of a row's group: its scale (0) or its minimum (1)."""
+        """i32: the 8 bits of a row's group: its scale (0) or its minimum (1)."""
         c, i = self.coded, which if self.coded.group == STEP_COLUMNS else sub
         if c.scales == "tail_bytes":
             word = self.body(2 * c.pair_words + i)
@@ -196,6 +204,6 @@ class CodedWeights(Texels):
             texel = self.keep("bytes", lambda: self._head((self.step >> 1) + 1))
             word = self.keep(("bytes", i), lambda: self._by_parity(texel[i], texel[2 + i]))
         if c.signed:
-            return ((word << (24 - 8 * r) if r < 3 else word).bitcast(i32) >> 24).to(f32)
+            return (word << (24 - 8 * r) if r < 3 else word).bitcast(i32) >> 24
         shift = 8 * r + (4 * which if c.nibbles else 0)
-        return ((word >> shift if shift else word) & (0xF if c.nibbles else 0xFF)).bitcast(i32).to(f32)
+        return ((word >> shift if shift else word) & (0xF if c.nibbles else 0xFF)).bitcast(i32)

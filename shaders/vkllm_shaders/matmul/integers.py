@@ -71,17 +71,27 @@ class IntegerBody(Body):
         return CodedWeights(c, self.b, head, lambda j: self._texel(body, j), step)
 
     def _multiply(self, weights: list[CodedWeights], x: Records) -> None:
-        """One step: for every scale of it, whole numbers, then floats."""
-        c, n_row = self.coded, self.rows * len(weights)
-        order = code_order(c.group)
-        for sub in range(c.n_sub):
-            codes = range(sub * c.group, (sub + 1) * c.group)
+        """One step: whole numbers for every scale of it, then floats."""
+        c, order = self.coded, code_order(self.coded.group)
+        subs = [range(i * c.group, (i + 1) * c.group) for i in range(c.n_sub)]
+        if c.signed and not c.minimum and not self._rest:
+            self._add_whole(weights, x, [self._sums(weights, x, order, codes) for codes in subs])
+            return
+        for sub, codes in enumerate(subs):
             sums = self._sums(weights, x, order, codes)
             for t in range(self.tile):
                 total = x.total(t, order, codes) if c.minimum or self._rest else None
-                for r in range(n_row):
+                for r, whole in enumerate(sums[t]):
                     w, own = weights[r // self.rows], r % self.rows
-                    self.acc[t][r].add(self._of_group(w, own, sub, sums[t][r], total, x.scale(t)))
+                    self.acc[t][r].add(self._of_group(w, own, sub, whole, total, x.scale(t)))
+
+    def _add_whole(self, weights: list[CodedWeights], x: Records, sums: list[list[list[Value]]]) -> None:
+        """Add a step whose scales are whole numbers too. sums: [sub][token][row]."""
+        for t in range(self.tile):
+            for r, parts in enumerate(zip(*(sub[t] for sub in sums), strict=True)):
+                w, own = weights[r // self.rows], r % self.rows
+                whole = tree_sum([part * w.whole_scale(own, sub) for sub, part in enumerate(parts)])
+                self.acc[t][r].add(whole.to(f32) * (w.factor(own) * x.scale(t)))
 
     @property
     def _rest(self) -> int:

@@ -66,7 +66,7 @@ class MatmulSpec:
             raise KernelError(
                 f"{self.activations} activations in {self.layout.kind}", hint="lane_pair is for int8, lane_row for f32"
             )
-        allowed = (1, 2, 4) if self.layout.kind == "lane_pair" else (1,)
+        allowed: tuple[int, ...] = (1, 2, 4) if self.layout.kind == "lane_pair" else (1,)
         if self.records:
             allowed = {"residual": (1, 2, 4), "swiglu": (2, 4)}.get(self.epilogue, ())
         if self.side_by_side not in allowed:
