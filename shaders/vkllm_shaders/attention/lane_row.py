@@ -19,7 +19,7 @@ from vkllm_shaders.attention.spec import AttentionSpec
 def lane_row(b: Block, spec: AttentionSpec, q: Buffer, rows: Rows, result: Result, span: Span) -> None:
     """One subgroup: tiles of `turn` positions, `turn / lanes` registers of scores a head."""
     lane, registers = b.subgroup_lane(), range(spec.turn // spec.lanes)
-    queries = _queries(b, spec, q, lane, result.pair)
+    queries = _Queries.of(b, spec, q, result.pair, rows.texel_dims)
     owner = _Owner.of(b, spec, lane)
     heads = [Head.fresh(b, CHUNK_DIMS * owner.n_chunk) for _ in range(spec.group)]
 
@@ -50,24 +50,57 @@ def _slots(b: Block, spec: AttentionSpec, rows: Rows, base: Value, positions: li
     return [rows.block(position) + position % spec.block_size for position in positions]
 
 
-def _queries(b: Block, spec: AttentionSpec, q: Buffer, lane: Value, pair: Value) -> list[list[Value]]:
-    """[group][texels of a head spread over the lanes] of f32x4, scaled; dim d is component d % 4 of lane (d / 4) % lanes."""
-    n_texel = spec.head_dim // 4
-    queries = []
-    for g in range(spec.group):
-        start = (pair * spec.group + g) * n_texel
-        offsets = [lane + j if j + spec.lanes <= n_texel else b.min(lane + j, n_texel - 1) for j in range(0, n_texel, spec.lanes)]
-        queries.append([q[start + offset] * query_scale(spec) for offset in offsets])
-    return queries
+@dataclass(frozen=True)
+class _Queries:
+    """The group's queries, scaled, spread over the lanes. K is read in texels of `width` dims, `lanes` texels a round.
+
+    Where rounds are whole, lane l takes the texels of a round in the order l, l ^ 1, l ^ 2 …, and owns the query's dims of the
+    first: what it needs next lies in the lane that it exchanges with, which takes one instruction. Elsewhere all lanes take the
+    same texel, and dim d, component d % 4 of lane (d / 4) % lanes, is spread to all of them, which takes two.
+    """
+
+    b: Block
+    lanes: int
+    width: int
+    exchanged: bool
+    texels: list[list[Value]]  # [group], f32x4
+
+    @classmethod
+    def of(cls, b: Block, spec: AttentionSpec, q: Buffer, pair: Value, width: int) -> _Queries:
+        lane, lanes, n_texel = b.subgroup_lane(), spec.lanes, spec.head_dim // 4
+        exchanged = spec.cache == "f16" and spec.head_dim % (lanes * width) == 0
+        if exchanged:
+            each = width // 4
+            offsets = [(lane + first) * each + i for first in range(0, n_texel // each, lanes) for i in range(each)]
+        else:
+            offsets = [lane + j if j + lanes <= n_texel else b.min(lane + j, n_texel - 1) for j in range(0, n_texel, lanes)]
+        starts = [(pair * spec.group + g) * n_texel for g in range(spec.group)]
+        texels = [[q[start + offset] * query_scale(spec) for offset in offsets] for start in starts]
+        return cls(b, lanes, width, exchanged, texels)
+
+    def texel(self, i: int) -> Value | int:
+        """The number of the i-th texel of a K row that a lane reads."""
+        first, j = i // self.lanes * self.lanes, i % self.lanes
+        return (self.b.subgroup_lane() ^ j) + first if self.exchanged else i
+
+    def factor(self, g: int, i: int, dim: int) -> Value:
+        """What the i-th texel's number `dim` is multiplied with."""
+        if self.exchanged:
+            of_round = i // self.lanes * (self.width // 4)
+            own, j = self.texels[g][of_round + dim // 4][dim % 4], i % self.lanes
+            return self.b.subgroup_shuffle_xor(own, j) if j else own
+        texel, part = divmod(i * self.width + dim, 4)
+        return self.b.subgroup_shuffle(self.texels[g][texel // self.lanes][part], texel % self.lanes)
 
 
-def _scores(b: Block, spec: AttentionSpec, rows: Rows, slots: list[Value], queries: list[list[Value]]) -> list[list[Value]]:
+def _scores(b: Block, spec: AttentionSpec, rows: Rows, slots: list[Value], queries: _Queries) -> list[list[Value]]:
     """[group][register] scores of this lane's positions."""
     starts = [rows.start(slot) for slot in slots]
     scales = [rows.key_scales(start) for start in starts]
     totals: list[list[Value]] = []
-    for part, first in enumerate(range(0, spec.head_dim, rows.scaled_dims)):
-        products = _products(b, rows, starts, queries, range(first, first + rows.scaled_dims))
+    n_texel = rows.scaled_dims // rows.texel_dims
+    for part in range(spec.head_dim // rows.scaled_dims):
+        products = _products(b, rows, starts, queries, range(part * n_texel, (part + 1) * n_texel))
         if scales[0]:
             products = [[p * own[part] for p, own in zip(head, scales, strict=True)] for head in products]
         totals = (
@@ -76,17 +109,15 @@ def _scores(b: Block, spec: AttentionSpec, rows: Rows, slots: list[Value], queri
     return [capped(b, spec, head) for head in totals]
 
 
-def _products(b: Block, rows: Rows, starts: list[Value], queries: list[list[Value]], dims: range) -> list[list[Value]]:
-    """[group][register] sums over `dims` of query times key."""
-    lanes = rows.spec.lanes
-    sums: list[list[Value]] = [[b.const(f32, 0.0) for _ in starts] for _ in queries]
-    for first in dims[:: rows.texel_dims]:
-        keys = [rows.key(start, first) for start in starts]
-        for i in range(rows.texel_dims):
-            texel_index, part = divmod(first + i, 4)
-            for g, query in enumerate(queries):
-                factor = b.subgroup_shuffle(query[texel_index // lanes][part], texel_index % lanes)
-                sums[g] = [total + key[i] * factor for total, key in zip(sums[g], keys, strict=True)]
+def _products(b: Block, rows: Rows, starts: list[Value], queries: _Queries, texels: range) -> list[list[Value]]:
+    """[group][register] sums of query times key over some texels of a row."""
+    sums: list[list[Value]] = [[b.const(f32, 0.0) for _ in starts] for _ in queries.texels]
+    for i in texels:
+        keys = [rows.key(start, queries.texel(i)) for start in starts]
+        for dim in range(rows.texel_dims):
+            for g, own in enumerate(sums):
+                factor = queries.factor(g, i, dim)
+                sums[g] = [total + key[dim] * factor for total, key in zip(own, keys, strict=True)]
     return sums
 
 
@@ -145,20 +176,24 @@ class _Owner:
 
 def _add_values(rows: Rows, owner: _Owner, slot: Value, weights: list[Value], heads: list[Head]) -> None:
     """Add `lanes` positions' weighted V rows, a lane its own dims."""
-    sums = [[value.get() for value in head.values] for head in heads]
     scales = rows.value_scales(rows.start(slot))
+    values: list[list[Value]] = []  # of each step
     for step in range(owner.spec.lanes // owner.n_subset):
         start = rows.start(owner.spread(slot, step))
         own = rows.own_scales(owner.chunk, [owner.spread(scale, step) for scale in scales])
-        values = rows.values(start, owner.chunk, own)
-        for g, weight in enumerate(weights):
+        values.append(rows.values(start, owner.chunk, own))
+    for head, weight in zip(heads, weights, strict=True):  # head after head: the sums of one fit into registers
+        totals = [var.get() for var in head.values]
+        for step, row in enumerate(values):
             factor = owner.spread(weight, step)
-            sums[g] = [total + factor * value for total, value in zip(sums[g], values, strict=True)]
-    for head, totals in zip(heads, sums, strict=True):
+            totals = [total + factor * value for total, value in zip(totals, row, strict=True)]
         for var, total in zip(head.values, totals, strict=True):
             var.set(total)
 
 
 def _across(b: Block, combine: Callable[[Value, Value], Value], value: Value, lanes: int) -> Value:
-    """Combine a value over all lanes by constant-lane shuffles; every lane gets the result."""
-    return reduce(combine, [b.subgroup_shuffle(value, source) for source in range(lanes)])
+    """Combine a value over all lanes by exchanges in pairs; every lane gets the result."""
+    distance = 1
+    while distance < lanes:
+        value, distance = combine(value, b.subgroup_shuffle_xor(value, distance)), 2 * distance
+    return value
