@@ -28,8 +28,9 @@ MAX_DRIVER_THREADS = 16  # llvmpipe's LP_MAX_THREADS
 
 
 def driver_threads() -> int:
-    """Threads of lavapipe: a core each."""
-    return min(int(os.environ.get("LP_NUM_THREADS") or len(os.sched_getaffinity(0))) or 1, MAX_DRIVER_THREADS)
+    """Threads of lavapipe: a core each, if LP_NUM_THREADS does not say otherwise (0: the one that asks)."""
+    told = os.environ.get("LP_NUM_THREADS", "")
+    return min(max(1, int(told) if told.isdecimal() else len(os.sched_getaffinity(0))), MAX_DRIVER_THREADS)
 
 
 @dataclass(frozen=True, slots=True)

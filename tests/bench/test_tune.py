@@ -24,6 +24,7 @@ from vkllm.tuned import ALLOWED, Choices, Shape, default_choices, path, save, tu
 from vkllm.vk import NullDevice
 from vkllm.vk.types import MINIMUM_LIMITS, DeviceInfo
 from vkllm_codegen.errors import KernelError
+from vkllm_shaders.formats import Layout
 
 START = Choices()
 SHAPES = (Shape("Q8_0", 64, 128), Shape("Q4_K", 256, 256))
@@ -154,6 +155,22 @@ def test_what_integer_products_choose_is_tried_where_they_are() -> None:
     assert axes(True, 8)["tile"] == (4, 8, 16)
     assert not {"activations", "side_by_side"} & set(axes(True, 16))
     assert "side_by_side" not in axes(False, 32)
+
+
+@pytest.mark.parametrize(
+    ("threads", "n_group", "expected"),
+    [("2", 1, 1), ("2", 28, 2), ("2", 32, 4), ("2", 304, 4), ("16", 64, 4), ("16", 32, 2), ("0", 4, 4)],
+)
+def test_row_groups_are_shared_out_evenly(threads: str, n_group: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """28 groups: 4 rounds of four for the busier thread, or 7 of two, which cost less."""
+    monkeypatch.setenv("LP_NUM_THREADS", threads)
+    pair = Layout("lane_pair")
+    assert START.groups_of("Q4_K", pair, 1, n_group) == expected
+    assert START.groups_of("Q4_K", pair, 1, n_group, at_least=2) == max(2, expected)
+    assert replace(START, side_by_side=1).groups_of("Q4_K", pair, 1, n_group) == 1
+    assert START.groups_of("F16", Layout("lane_row"), 1, n_group) == 1
+    assert START.groups_of("Q4_K", pair, 8, n_group) == 2
+    assert START.groups_of("Q6_K", pair, 8, n_group) == 1
 
 
 CHOSEN = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
@@ -14,6 +13,7 @@ from vkllm_shaders.attention.rows import CHUNK_DIMS, Rows
 from vkllm_shaders.attention.softmax import LOWEST, Head, capped, query_scale
 from vkllm_shaders.attention.span import Span
 from vkllm_shaders.attention.spec import AttentionSpec
+from vkllm_shaders.records import over_lanes
 
 
 def lane_row(b: Block, spec: AttentionSpec, q: Buffer, rows: Rows, result: Result, span: Span) -> None:
@@ -31,13 +31,13 @@ def lane_row(b: Block, spec: AttentionSpec, q: Buffer, rows: Rows, result: Resul
         weights = []
         for head, own in zip(heads, scores, strict=True):
             masked = [b.select(ok, score, LOWEST) for score, ok in zip(own, valid, strict=True)]
-            weights.append(head.update(b, _across(b, b.max, reduce(b.max, masked), spec.lanes), own, valid))
+            weights.append(head.update(b, over_lanes(b, b.max, reduce(b.max, masked), spec.lanes), own, valid))
         for r in registers:
             _add_values(rows, owner, slots[r], [own[r] for own in weights], heads)
 
     with nullcontext() if result.direct else b.when(result.used):
         for g, head in enumerate(heads):
-            total = _across(b, operator.add, head.total.get(), spec.lanes)
+            total = over_lanes(b, operator.add, head.total.get(), spec.lanes)
             result.store_state(g, head.highest.get(), total)
             owner.store(g, [value.get() for value in head.values], result.finish(g, head.highest.get(), total), result)
 
@@ -189,11 +189,3 @@ def _add_values(rows: Rows, owner: _Owner, slot: Value, weights: list[Value], he
             totals = [total + factor * value for total, value in zip(totals, row, strict=True)]
         for var, total in zip(head.values, totals, strict=True):
             var.set(total)
-
-
-def _across(b: Block, combine: Callable[[Value, Value], Value], value: Value, lanes: int) -> Value:
-    """Combine a value over all lanes by exchanges in pairs; every lane gets the result."""
-    distance = 1
-    while distance < lanes:
-        value, distance = combine(value, b.subgroup_shuffle_xor(value, distance)), 2 * distance
-    return value
