@@ -74,7 +74,7 @@ def _products(b: Block, rows: Rows, start: Value, queries: Any, dims: range) -> 
     spec = rows.spec
     sums = [b.const(f32, 0.0) for _ in range(spec.group)]
     for first in dims[:: rows.texel_dims]:
-        key = rows.key(start, first // rows.texel_dims)
+        key = rows.key(start, first)
         for g in range(spec.group):
             for quarter in range(rows.texel_dims // 4):
                 query = queries[g * (spec.head_dim // 4) + first // 4 + quarter]

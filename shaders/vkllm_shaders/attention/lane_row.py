@@ -19,7 +19,7 @@ from vkllm_shaders.records import over_lanes
 def lane_row(b: Block, spec: AttentionSpec, q: Buffer, rows: Rows, result: Result, span: Span) -> None:
     """One subgroup: tiles of `turn` positions, `turn / lanes` registers of scores a head."""
     lane, registers = b.subgroup_lane(), range(spec.turn // spec.lanes)
-    queries = _Queries.of(b, spec, q, result.pair, rows.texel_dims)
+    queries = _queries(b, spec, q, lane, result.pair)
     owner = _Owner.of(b, spec, lane)
     heads = [Head.fresh(b, CHUNK_DIMS * owner.n_chunk) for _ in range(spec.group)]
 
@@ -37,7 +37,7 @@ def lane_row(b: Block, spec: AttentionSpec, q: Buffer, rows: Rows, result: Resul
 
     with nullcontext() if result.direct else b.when(result.used):
         for g, head in enumerate(heads):
-            total = over_lanes(b, operator.add, head.total.get(), spec.lanes)
+            total = _sum_of_lanes(b, head.total.get(), spec.lanes)
             result.store_state(g, head.highest.get(), total)
             owner.store(g, [value.get() for value in head.values], result.finish(g, head.highest.get(), total), result)
 
@@ -50,57 +50,24 @@ def _slots(b: Block, spec: AttentionSpec, rows: Rows, base: Value, positions: li
     return [rows.block(position) + position % spec.block_size for position in positions]
 
 
-@dataclass(frozen=True)
-class _Queries:
-    """The group's queries, scaled, spread over the lanes. K is read in texels of `width` dims, `lanes` texels a round.
-
-    Where rounds are whole, lane l takes the texels of a round in the order l, l ^ 1, l ^ 2 …, and owns the query's dims of the
-    first: what it needs next lies in the lane that it exchanges with, which takes one instruction. Elsewhere all lanes take the
-    same texel, and dim d, component d % 4 of lane (d / 4) % lanes, is spread to all of them, which takes two.
-    """
-
-    b: Block
-    lanes: int
-    width: int
-    exchanged: bool
-    texels: list[list[Value]]  # [group], f32x4
-
-    @classmethod
-    def of(cls, b: Block, spec: AttentionSpec, q: Buffer, pair: Value, width: int) -> _Queries:
-        lane, lanes, n_texel = b.subgroup_lane(), spec.lanes, spec.head_dim // 4
-        exchanged = spec.cache == "f16" and spec.head_dim % (lanes * width) == 0
-        if exchanged:
-            each = width // 4
-            offsets = [(lane + first) * each + i for first in range(0, n_texel // each, lanes) for i in range(each)]
-        else:
-            offsets = [lane + j if j + lanes <= n_texel else b.min(lane + j, n_texel - 1) for j in range(0, n_texel, lanes)]
-        starts = [(pair * spec.group + g) * n_texel for g in range(spec.group)]
-        texels = [[q[start + offset] * query_scale(spec) for offset in offsets] for start in starts]
-        return cls(b, lanes, width, exchanged, texels)
-
-    def texel(self, i: int) -> Value | int:
-        """The number of the i-th texel of a K row that a lane reads."""
-        first, j = i // self.lanes * self.lanes, i % self.lanes
-        return (self.b.subgroup_lane() ^ j) + first if self.exchanged else i
-
-    def factor(self, g: int, i: int, dim: int) -> Value:
-        """What the i-th texel's number `dim` is multiplied with."""
-        if self.exchanged:
-            of_round = i // self.lanes * (self.width // 4)
-            own, j = self.texels[g][of_round + dim // 4][dim % 4], i % self.lanes
-            return self.b.subgroup_shuffle_xor(own, j) if j else own
-        texel, part = divmod(i * self.width + dim, 4)
-        return self.b.subgroup_shuffle(self.texels[g][texel // self.lanes][part], texel % self.lanes)
+def _queries(b: Block, spec: AttentionSpec, q: Buffer, lane: Value, pair: Value) -> list[list[Value]]:
+    """[group][texels of a head spread over the lanes] of f32x4, scaled; dim d is component d % 4 of lane (d / 4) % lanes."""
+    n_texel = spec.head_dim // 4
+    queries = []
+    for g in range(spec.group):
+        start = (pair * spec.group + g) * n_texel
+        offsets = [lane + j if j + spec.lanes <= n_texel else b.min(lane + j, n_texel - 1) for j in range(0, n_texel, spec.lanes)]
+        queries.append([q[start + offset] * query_scale(spec) for offset in offsets])
+    return queries
 
 
-def _scores(b: Block, spec: AttentionSpec, rows: Rows, slots: list[Value], queries: _Queries) -> list[list[Value]]:
+def _scores(b: Block, spec: AttentionSpec, rows: Rows, slots: list[Value], queries: list[list[Value]]) -> list[list[Value]]:
     """[group][register] scores of this lane's positions."""
     starts = [rows.start(slot) for slot in slots]
     scales = [rows.key_scales(start) for start in starts]
     totals: list[list[Value]] = []
-    n_texel = rows.scaled_dims // rows.texel_dims
-    for part in range(spec.head_dim // rows.scaled_dims):
-        products = _products(b, rows, starts, queries, range(part * n_texel, (part + 1) * n_texel))
+    for part, first in enumerate(range(0, spec.head_dim, rows.scaled_dims)):
+        products = _products(b, rows, starts, queries, range(first, first + rows.scaled_dims))
         if scales[0]:
             products = [[p * own[part] for p, own in zip(head, scales, strict=True)] for head in products]
         totals = (
@@ -109,15 +76,17 @@ def _scores(b: Block, spec: AttentionSpec, rows: Rows, slots: list[Value], queri
     return [capped(b, spec, head) for head in totals]
 
 
-def _products(b: Block, rows: Rows, starts: list[Value], queries: _Queries, texels: range) -> list[list[Value]]:
-    """[group][register] sums of query times key over some texels of a row."""
-    sums: list[list[Value]] = [[b.const(f32, 0.0) for _ in starts] for _ in queries.texels]
-    for i in texels:
-        keys = [rows.key(start, queries.texel(i)) for start in starts]
-        for dim in range(rows.texel_dims):
-            for g, own in enumerate(sums):
-                factor = queries.factor(g, i, dim)
-                sums[g] = [total + key[dim] * factor for total, key in zip(own, keys, strict=True)]
+def _products(b: Block, rows: Rows, starts: list[Value], queries: list[list[Value]], dims: range) -> list[list[Value]]:
+    """[group][register] sums over `dims` of query times key."""
+    lanes = rows.spec.lanes
+    sums: list[list[Value]] = [[b.const(f32, 0.0) for _ in starts] for _ in queries]
+    for first in dims[:: rows.texel_dims]:
+        keys = [rows.key(start, first) for start in starts]
+        for i in range(rows.texel_dims):
+            texel_index, part = divmod(first + i, 4)
+            for g, query in enumerate(queries):
+                factor = b.subgroup_shuffle(query[texel_index // lanes][part], texel_index % lanes)
+                sums[g] = [total + key[i] * factor for total, key in zip(sums[g], keys, strict=True)]
     return sums
 
 
@@ -189,3 +158,8 @@ def _add_values(rows: Rows, owner: _Owner, slot: Value, weights: list[Value], he
             totals = [total + factor * value for total, value in zip(totals, row, strict=True)]
         for var, total in zip(head.values, totals, strict=True):
             var.set(total)
+
+
+def _sum_of_lanes(b: Block, value: Value, lanes: int) -> Value:
+    """In the order of the lanes, by constant-lane shuffles; every lane gets the result."""
+    return reduce(operator.add, [b.subgroup_shuffle(value, source) for source in range(lanes)])

@@ -43,9 +43,9 @@ class Rows:
         """Dims of one texel."""
         return 16 if self.spec.cache == "q8_0" else CHUNK_DIMS
 
-    def key(self, start: Value, texel: Value | int) -> list[Value]:
-        """The `texel_dims` numbers of one texel of a K row; in Q8_0 before they are scaled."""
-        words = self.k[start + (texel + scale_texels(self.spec.head_dim, self.spec.cache))]
+    def key(self, start: Value, dim: int) -> list[Value]:
+        """The `texel_dims` numbers from `dim` on of a K row; in Q8_0 before they are scaled."""
+        words = self.k[start + (scale_texels(self.spec.head_dim, self.spec.cache) + dim // self.texel_dims)]
         if self.spec.cache == "f16":
             return _halves(self.b, words)
         return [value for i in range(4) for value in _signed_bytes(words[i])]
