@@ -83,10 +83,12 @@ def test_not_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SERVING = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from vkllm.sensors.hwmon import HwmonSensor
 from vkllm.sensors.power import power_limited
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, and shells for what runs behind, have children ignore these
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with power_limited(HwmonSensor(Path(sys.argv[1])), 200.0):
     print("set", flush=True)
     time.sleep(60)
