@@ -21,8 +21,6 @@ from vkllm_shaders.formats import CODED, Layout
 from vkllm_shaders.records import LANES
 
 MAX_FLOAT_TILE = 4  # tokens of a tile of f32 products on lavapipe: more need more registers than there are
-
-
 COST_OF_GROUPS = {4: 1.0, 2: 1.13, 1: 1.3}  # of a row group, by how many share their x (bench/LOG.md)
 MAX_DRIVER_THREADS = 16  # llvmpipe's LP_MAX_THREADS
 
@@ -76,7 +74,7 @@ class Choices:
         if layout.kind != "lane_pair":
             return 1
         if tile > 1:
-            return max(at_least, 2 if tile == 2 or CODED[fmt].bits in (4, 5) else 1)
+            return min(2, self.side_by_side) if tile == 2 else 2 if CODED[fmt].bits in (4, 5) else 1
         counts = [n for n in COST_OF_GROUPS if at_least <= n <= max(at_least, self.side_by_side)]
         return min(counts, key=lambda n: -(-n_group // (n * driver_threads())) * n * COST_OF_GROUPS[n])
 

@@ -158,10 +158,6 @@ class CodedWeights(Texels):
             return self._half(0, r)
         return self.factor(r) * self._byte(r, sub, 0).to(f32)
 
-    def factor(self, r: int) -> Value:
-        """f32: where scales are bytes, what they count for."""
-        return self._factor(r, 0)
-
     def whole_scale(self, r: int, sub: int) -> Value:
         """i32: a scale that is a byte."""
         return self.keep(("whole scale", r, sub), lambda: self._byte(r, sub, 0))
@@ -170,7 +166,7 @@ class CodedWeights(Texels):
         """f32, of a row; only where there are minimums. Q4_1 and Q5_1 keep what they add."""
         if not self.coded.scales.endswith("bytes"):
             return -self._half(4, r)
-        return self._factor(r, 1) * self._byte(r, sub, 1).to(f32)
+        return self.factor(r, 1) * self._byte(r, sub, 1).to(f32)
 
     def _half(self, first: int, r: int) -> Value:
         """The f16 of a row and this step, from head word `first` on or from the tail."""
@@ -190,8 +186,8 @@ class CodedWeights(Texels):
         step = self.step
         return self.b.select(self.keep("is odd", lambda: (step & 1) == 1), odd, even)
 
-    def _factor(self, r: int, which: int) -> Value:
-        """d (0) or the minimums' (1) of a row."""
+    def factor(self, r: int, which: int = 0) -> Value:
+        """f32: what a row's scales (0) or minimums (1) count for, where they are bytes."""
         word, i = (r, which) if self.coded.minimum else (r // 2, r % 2)
         return self.keep(("factors", word), lambda: self.b.unpack_half2x16(self.head(word)))[i]
 
