@@ -39,7 +39,7 @@ def measure(device: Device, spec: AttentionSpec, n_kv_head: int, n_position: int
     """Milliseconds of one row's attention over `n_position` positions in shuffled blocks."""
     rng, kernel = np.random.default_rng(0), direct(spec)
     n_block = -(-n_position // spec.block_size)
-    cache = (n_block * spec.block_size, n_kv_head, spec.head_dim)
+    cache = (n_block, n_kv_head, spec.block_size, spec.head_dim)
     keep = q8_rows if spec.cache == "q8_0" else np.float16
     arrays: dict[str, Any] = {
         "q": rng.standard_normal((n_kv_head * spec.group, spec.head_dim)).astype(np.float32),

@@ -21,7 +21,7 @@ from vkllm.config import RuntimeConfig
 from vkllm.errors import NonFiniteError
 from vkllm.files.model_file import ModelFile
 from vkllm.kernels import texel_format
-from vkllm.kv_cache import BlockTable
+from vkllm.kv_cache import BlockTable, first_rows
 from vkllm.memory import fit
 from vkllm.packing import load_weights
 from vkllm.plan import ExpertLinear, Graph, Linear, Qkv
@@ -234,7 +234,8 @@ class ModelChain:
         t, n = recorded.capacity, len(rows.token_ids)
         params = np.zeros((6, t), np.uint32)
         params[2] = NO_SLOT
-        for field, values in enumerate((rows.token_ids, rows.positions, rows.slots, rows.lengths, rows.table_starts)):
+        cache_rows = first_rows(rows.slots, self.runtime.block_size, self.graph.config.n_kv_head)
+        for field, values in enumerate((rows.token_ids, rows.positions, cache_rows, rows.lengths, rows.table_starts)):
             params[field, :n] = values
         params[5, : len(rows.output_rows)] = rows.output_rows
         recorded.params.write(params.reshape(-1))

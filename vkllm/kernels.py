@@ -459,7 +459,7 @@ class Lowering:
         if not self._fused(op):
             push |= {"y_stride": self.stride("qkv")}
             return self._product(op, matrix, self._spec(op, matrix, "store", n_row), n_row, {"y": "qkv"}, push)
-        push |= {"capacity": n_row, "n_head": c.n_head, "n_kv_head": c.n_kv_head}
+        push |= {"capacity": n_row, "n_head": c.n_head, "n_kv_head": c.n_kv_head, "block_size": self.runtime.block_size}
         buffers = {"q": op.y, "k": f"k.{op.layer}", "v": f"v.{op.layer}", "rope": op.rope}
         return self._product(op, matrix, self._spec(op, matrix, "qkv", n_row), n_row, buffers, push)
 
@@ -471,7 +471,7 @@ class Lowering:
         buffers = {"qkv": "qkv", "q_norm": q_norm, "k_norm": k_norm, "rope": op.rope, "params": "params"}
         buffers |= {"q": op.y, "k": f"k.{op.layer}", "v": f"v.{op.layer}"}
         push: dict[str, int | float] = {"n_head": c.n_head, "n_kv_head": c.n_kv_head, "x_stride": self.stride("qkv") // 4}
-        push |= {"capacity": n_row, "eps": c.rms_norm_eps}
+        push |= {"block_size": self.runtime.block_size, "capacity": n_row, "eps": c.rms_norm_eps}
         groups = (c.n_head + 2 * c.n_kv_head, n_row, 1)
         return self._make(op, self._kernels.get(heads, spec), buffers, push, groups, 10.0 + n_row)
 

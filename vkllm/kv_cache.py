@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vkllm.errors import CacheFullError
 
@@ -30,6 +31,11 @@ class BlockTable:
     def slot(self, position: int) -> int:
         """The cache row of `position`."""
         return self.blocks[position // self.block_size] * self.block_size + position % self.block_size
+
+
+def first_rows(slots: NDArray[np.uint32], block_size: int, n_kv_head: int) -> NDArray[np.uint32]:
+    """Where the cache [n_block, n_kv_head, block_size] keeps slots, u32 of any shape: the rows of KV head 0."""
+    return slots + slots // block_size * np.uint32((n_kv_head - 1) * block_size)
 
 
 class BlockPool:

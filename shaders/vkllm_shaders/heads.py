@@ -63,16 +63,17 @@ def heads(spec: HeadSpec) -> Kernel:
         qkv     f32x4 texels [n_token, x_stride]: q heads, k heads, v heads, one behind the other
         q_norm, k_norm  f32x4 texels of f32 [head_dim]; only with norm
         rope    f32x4 texels of f32 [positions, rope_dim / 2, 2] of (cos, sin)
-        params  u32 [6, capacity]: positions in row 1, cache slots in row 2 (0xFFFFFFFF: none, only q is written)
+        params  u32 [6, capacity]: positions in row 1, cache rows of KV head 0 in row 2 (0xFFFFFFFF: none, only q is written)
         q       f32 [n_token, n_head * head_dim]
-        k, v    u32 words of [slots, n_kv_head] cache rows (attention.cache_row_nbytes): f16 pairs, or Q8_0: f32 scales
-                max|x| / 127 of 32 dims each, padded with zeros to whole texels, then signed bytes, rounded to nearest even
-    Push: n_head, n_kv_head, x_stride (texels a row of qkv), capacity, with norm: eps.
+        k, v    u32 words of [n_block, n_kv_head, block_size] cache rows (attention.cache_row_nbytes): f16 pairs, or Q8_0:
+                f32 scales max|x| / 127 of 32 dims each, padded with zeros to whole texels, then signed bytes, rounded to nearest
+                even
+    Push: n_head, n_kv_head, block_size, x_stride (texels a row of qkv), capacity, with norm: eps.
     Sources: RoFormer arXiv 2104.09864; RMSNorm arXiv 1910.07467; ggml's Q8_0 for the rounding.
     """
     bindings = {"qkv": texel(f32x4)} | (dict.fromkeys(("q_norm", "k_norm"), texel(f32x4)) if spec.norm else {})
     bindings |= {"rope": texel(f32x4), "params": read(u32), "q": write(f32), "k": write(u32), "v": write(u32)}
-    push = dict.fromkeys(("n_head", "n_kv_head", "x_stride", "capacity"), u32) | ({"eps": f32} if spec.norm else {})
+    push = dict.fromkeys(("n_head", "n_kv_head", "block_size", "x_stride", "capacity"), u32) | ({"eps": f32} if spec.norm else {})
 
     def body(b: Block, bufs: dict[str, Buffer], constants: dict[str, Value]) -> None:
         _Body(b, spec, bufs, constants).emit()
@@ -101,10 +102,10 @@ class _Body:
         position = params[push["capacity"] + self.token]
         values = [self._turned(at, x[r], start, position, scale) for r, at in enumerate(self.texels)]
         self._store_query(values)
-        slot = params[push["capacity"] * 2 + self.token]
+        cache_row = params[push["capacity"] * 2 + self.token]
         packed = self._packed(values)
-        row = slot * push["n_kv_head"] + (self.head - push["n_head"]) % push["n_kv_head"]
-        kept = ~self.is_q & (slot != NO_SLOT)
+        row = cache_row + (self.head - push["n_head"]) % push["n_kv_head"] * push["block_size"]
+        kept = ~self.is_q & (cache_row != NO_SLOT)
         for name, chosen in (("k", kept & ~self.is_v), ("v", kept & self.is_v)):
             with b.when(chosen):
                 self._store_row(self.bufs[name], row, packed)

@@ -82,9 +82,12 @@ def largest_of(b: Block, values: Sequence[Value]) -> Value:
     return reduce(b.max, [v.bitcast(u32) & 0x7FFFFFFF for v in values])
 
 
-def over_lanes(b: Block, combine: Callable[[Value, Value], Value], value: Value, lanes: int = LANES) -> Value:
-    """Combine a value over the `lanes` lanes of an aligned run, by exchanges in pairs; every lane gets the result."""
-    distance = 1
+def over_lanes(b: Block, combine: Callable[[Value, Value], Value], value: Value, lanes: int = LANES, done: int = 1) -> Value:
+    """Combine a value over the `lanes` lanes of an aligned run, by exchanges in pairs; every lane gets the result.
+
+    `done`: the lanes of an aligned run that it is combined over already.
+    """
+    distance = done
     while distance < lanes:
         value = combine(value, b.subgroup_shuffle_xor(value, distance))
         distance *= 2

@@ -22,7 +22,7 @@ LENGTHS = [1, 7, 8, 31, 32, 33, 511, 512, 513]
 
 
 def case(spec: AttentionSpec, n_kv_head: int, lengths: list[int], seed: int = 0, window: int = 0) -> dict[str, Any]:
-    """Inputs of rows with these lengths, each a sequence of its own, blocks in shuffled order.
+    """Inputs of rows with these lengths, each a sequence of its own, blocks in shuffled order; k, v: [block, KV head, position].
 
     Unused slots hold NaN, positions before a row's window too, and blocks wholly before it are no longer the row's.
     """
@@ -45,6 +45,7 @@ def case(spec: AttentionSpec, n_kv_head: int, lengths: list[int], seed: int = 0,
     params[3 * n_row : 4 * n_row], params[4 * n_row : 5 * n_row] = lengths, starts
     q = rng.standard_normal((n_row, n_kv_head * spec.group, dim)).astype(np.float32)
     sinks = {"sinks": rng.normal(1.0, 2.0, n_kv_head * spec.group).astype(np.float32)} if spec.sinks else {}
+    k, v = (cache.reshape(n_block, spec.block_size, n_kv_head, rows).swapaxes(1, 2).copy() for cache in (k, v))
     return {"q": q, "k": k, "v": v, "block_table": table, "params": params} | sinks
 
 
@@ -61,7 +62,7 @@ def dequantized(spec: AttentionSpec, words: Any) -> Any:
 def oracle(inputs: dict[str, Any], spec: AttentionSpec, window: int = 0) -> Any:
     n_row = len(inputs["q"])
     length, start = inputs["params"][3 * n_row : 4 * n_row], inputs["params"][4 * n_row : 5 * n_row]
-    k, v = dequantized(spec, inputs["k"]), dequantized(spec, inputs["v"])
+    k, v = (dequantized(spec, inputs[name]).swapaxes(1, 2).reshape(-1, inputs[name].shape[1], spec.head_dim) for name in "kv")
     options: dict[str, Any] = {"scale": spec.scale, "softcap": spec.softcap, "window": window, "sinks": inputs.get("sinks")}
     return reference.attention(inputs["q"], k, v, length, start, inputs["block_table"], spec.block_size, **options)
 
@@ -178,7 +179,7 @@ def test_large_scores_do_not_overflow() -> None:
 def test_a_non_finite_value_is_not_hidden(schedule: Any, damage: float, where: slice) -> None:
     spec = AttentionSpec(64, 1, lanes=lanes(), schedule=schedule, split=64)
     inputs = case(spec, 1, [40])
-    inputs["k"].view(np.float16)[inputs["block_table"][0] * BLOCK + np.arange(BLOCK)[where]] = damage
+    inputs["k"].view(np.float16)[inputs["block_table"][0], :, where] = damage
     inputs["q"][...] = np.abs(inputs["q"])
     out = run_on_device(attention.direct(spec), inputs | {"out": np.zeros((1, 1, 64), np.float32)}, ONE_ROW, {}, (1, 1, 1))["out"]
     assert np.isnan(out).all()
@@ -304,8 +305,8 @@ def test_a_non_finite_value_is_not_hidden_by_a_cap_or_a_scale(schedule: Any, dam
     if where == "sinks":
         inputs["sinks"][:] = damage
     else:
-        inputs[where].view(np.float32)[inputs["block_table"][0] * BLOCK + 25, 0, :2] = damage
-        inputs[where].view(np.int8)[inputs["block_table"][0] * BLOCK + 25, 0, 16:] = 1
+        inputs[where].view(np.float32)[inputs["block_table"][0], 0, 25, :2] = damage
+        inputs[where].view(np.int8)[inputs["block_table"][0], 0, 25, 16:] = 1
     push = ONE_ROW | {"window": 30}
     out = run_on_device(attention.direct(spec), inputs | {"out": np.zeros((1, 1, 64), np.float32)}, push, {}, (1, 1, 1))["out"]
     assert not np.isfinite(out).any()
@@ -405,7 +406,7 @@ def test_a_non_finite_value_reaches_its_records(damage: float) -> None:
     """One dim of V is damaged: the scales of its group tell, and only those."""
     spec = AttentionSpec(64, 1, records=True)
     inputs = case(spec, 1, [40])
-    inputs["v"].view(np.float16)[inputs["block_table"][0] * BLOCK + 25, 0, 45] = damage
+    inputs["v"].view(np.float16)[inputs["block_table"][0], 0, 25, 45] = damage
     record = with_records(spec, inputs, 1)["record"]
     scales = record.reshape(2, 8, 4)[..., 1].view(np.float32)
     assert np.isfinite(scales[0]).all()

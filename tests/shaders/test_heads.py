@@ -18,13 +18,14 @@ from vkllm_shaders.heads import HeadSpec, heads
 NO_SLOT = 0xFFFFFFFF
 UNTOUCHED = 0xDEADBEEF
 EPS = 1e-5
+BLOCK = 4
 
 
 def case(
     spec: HeadSpec, n_head: int, n_kv_head: int, n_token: int, seed: int = 0
 ) -> tuple[dict[str, Any], dict[str, int | float]]:
     """Buffers and push constants; rows are padded with NaN, the capacity is above the tokens, the last token has no slot."""
-    rng, n_position, n_slot, capacity = np.random.default_rng(seed), 40, n_token + 3, n_token + 2
+    rng, n_position, n_block, capacity = np.random.default_rng(seed), 40, n_token // BLOCK + 1, n_token + 2
     n_col = (n_head + 2 * n_kv_head) * spec.head_dim
     stride = -(-n_col // 64) * 64
     qkv = np.full((n_token, stride), np.nan, np.float32)
@@ -32,30 +33,33 @@ def case(
     angle = rng.uniform(0, 6.3, (n_position, spec.rope_dim // 2))
     params = np.full((6, capacity), UNTOUCHED, np.uint32)
     params[1, :n_token] = rng.integers(0, n_position, n_token)
-    params[2, :n_token] = rng.permutation(n_slot)[:n_token]
+    slots = rng.permutation(n_block * BLOCK)[:n_token]
+    params[2, :n_token] = slots // BLOCK * BLOCK * n_kv_head + slots % BLOCK
     params[2, n_token - 1] = NO_SLOT if n_token > 1 else params[2, 0]
-    rows = np.full((n_slot, n_kv_head, cache_row_nbytes(spec.head_dim, spec.cache) // 4), UNTOUCHED, np.uint32)
+    rows = np.full((n_block, n_kv_head, BLOCK, cache_row_nbytes(spec.head_dim, spec.cache) // 4), UNTOUCHED, np.uint32)
     norms = {name: rng.uniform(0.5, 1.5, spec.head_dim).astype(np.float32) for name in ("q_norm", "k_norm") if spec.norm}
     buffers = {"qkv": qkv} | norms | {"rope": np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32), "params": params}
     buffers |= {"q": np.full((n_token, n_head, spec.head_dim), np.nan, np.float32), "k": rows, "v": rows.copy()}
-    push: dict[str, int | float] = {"n_head": n_head, "n_kv_head": n_kv_head, "x_stride": stride // 4, "capacity": capacity}
-    return buffers, push | ({"eps": EPS} if spec.norm else {})
+    push: dict[str, int | float] = {"n_head": n_head, "n_kv_head": n_kv_head, "block_size": BLOCK, "x_stride": stride // 4}
+    return buffers, push | {"capacity": capacity} | ({"eps": EPS} if spec.norm else {})
 
 
 def oracle(spec: HeadSpec, buffers: dict[str, Any], n_kv_head: int) -> dict[str, Any]:
-    """q, and k and v as floats [n_slot, n_kv_head, head_dim], NaN where nothing is written."""
+    """q, and k and v as floats [n_block, n_kv_head, BLOCK, head_dim], NaN where nothing is written."""
     n_token, n_head, head_dim = buffers["q"].shape
     x = buffers["qkv"][:, : (n_head + 2 * n_kv_head) * head_dim].reshape(n_token, -1, head_dim)
-    position, slots = buffers["params"][1, :n_token], buffers["params"][2, :n_token]
+    position, cache_rows = buffers["params"][1, :n_token], buffers["params"][2, :n_token]
     q, k, v = x[:, :n_head], x[:, n_head : n_head + n_kv_head], x[:, n_head + n_kv_head :]
     found = {
         name: reference.heads(part, position, buffers["rope"], spec.rope_pairing, buffers.get(norm), EPS)
         for name, part, norm in (("q", q, "q_norm"), ("k", k, "k_norm"))
     }
     for name, part in (("k", found["k"]), ("v", v)):
-        found[name] = np.full((len(buffers["k"]), n_kv_head, head_dim), np.nan)
-        for token in np.flatnonzero(slots != NO_SLOT):
-            found[name][slots[token]] = part[token]
+        found[name] = np.full((*buffers["k"].shape[:3], head_dim), np.nan)
+        by_row = found[name].reshape(-1, head_dim)
+        for token in np.flatnonzero(cache_rows != NO_SLOT):
+            for head in range(n_kv_head):
+                by_row[cache_rows[token] + head * BLOCK] = part[token, head]
     return found
 
 
@@ -121,10 +125,10 @@ def test_a_block_of_zeros_and_of_the_smallest_numbers() -> None:
     buffers["qkv"][0, :192] = 0.0
     buffers["qkv"][0, 160:192] = np.where(np.arange(32) % 2, 1e-30, -1e-30)
     found = run_on_device(heads(spec), buffers, push, {}, (3, 1, 1))
-    slot = buffers["params"][2, 0]
-    assert not found["k"][slot].any()
+    block, place = divmod(int(buffers["params"][2, 0]), BLOCK)
+    assert not found["k"][block, 0, place].any()
     expected = np.r_[np.zeros(32), buffers["qkv"][0, 160:192]]
-    np.testing.assert_allclose(reference.q8_values(found["v"][slot, 0], 64), expected, rtol=1e-5)
+    np.testing.assert_allclose(reference.q8_values(found["v"][block, 0, place], 64), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -136,8 +140,8 @@ def test_a_non_finite_value_is_not_hidden(damage: float, cache: Any, norm: bool)
     buffers, push = case(spec, 1, 1, 1)
     buffers["qkv"][0, [5, 64 + 5, 128 + 5]] = damage
     found = run_on_device(heads(spec), buffers, push, {}, (3, 1, 1))
-    slot = buffers["params"][2, 0]
-    rows = [found[name][slot, 0] for name in ("k", "v")]
+    block, place = divmod(int(buffers["params"][2, 0]), BLOCK)
+    rows = [found[name][block, 0, place] for name in ("k", "v")]
     with np.errstate(invalid="ignore"):
         values = [reference.q8_values(row, 64) if cache == "q8_0" else row.view(np.float16) for row in rows]
     if damage == 1e30:

@@ -129,11 +129,12 @@ class Case:
     def check_qkv(self, n_head: int, n_kv: int, first_head: int = 0) -> None:
         """q, and the cache rows of k and v; `first_head`: where in q;k;v these parts begin."""
         spec, rng, hd, t = self.spec, np.random.default_rng(2), self.spec.head_dim, self.n_token
-        n_slot, n_position = 16, 32
+        n_slot, n_position, block_size = 16, 32, 4
         slots = rng.permutation(n_slot)[:t].astype(np.uint32)
         slots[t // 2] = 0xFFFFFFFF if t > 1 else slots[t // 2]
         positions = rng.integers(0, n_position, t)
-        self.params[1, :t], self.params[2, :t] = positions, slots
+        first_rows = slots // block_size * block_size * n_kv + slots % block_size
+        self.params[1, :t], self.params[2, :t] = positions, np.where(slots < n_slot, first_rows, slots)
         angle = rng.uniform(-3, 3, (n_position, hd // 2))
         table = np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
         whole = np.zeros((t, (n_head + 2 * n_kv) * hd))
@@ -155,7 +156,11 @@ class Case:
                 if slots[i] != 0xFFFFFFFF:
                     expected[name][slots[i], mask] = values[i, mask]
         self.buffers |= before | {"rope": table}
-        self.push |= {"n_head": n_head, "n_kv_head": n_kv, "first_row": start}
+        self.push |= {"n_head": n_head, "n_kv_head": n_kv, "block_size": block_size, "first_row": start}
+        for arrays in (self.buffers, expected):
+            for name in "kv":
+                by_slot = arrays[name].reshape(n_slot // block_size, block_size, n_kv, hd)
+                arrays[name] = by_slot.swapaxes(1, 2).copy()
         self.run(expected, 1e-6)
 
 

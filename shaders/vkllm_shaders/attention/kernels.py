@@ -10,7 +10,7 @@ from vkllm_shaders.attention.lane_chunk import lane_chunk
 from vkllm_shaders.attention.lane_row import lane_row
 from vkllm_shaders.attention.result import Records, Result
 from vkllm_shaders.attention.rows import Rows
-from vkllm_shaders.attention.softmax import Head, with_sink
+from vkllm_shaders.attention.softmax import Head, Highest, with_sink
 from vkllm_shaders.attention.span import Span, lowest_position
 from vkllm_shaders.attention.spec import AttentionSpec
 
@@ -20,7 +20,7 @@ def direct(spec: AttentionSpec) -> Kernel:
 
     Bindings: q (texel f32x4), k, v (lane_row: texel u32x4; lane_chunk: storage), block_table, params, with sinks: sinks
     (f32 [n_head]), out (storage), with records: record (u32, the same rows in 8 bits: records.py). k and v are
-    [slots, n_kv_head] rows of cache_row_nbytes bytes.
+    [n_block, n_kv_head, block_size] rows of cache_row_nbytes bytes.
     Push: n_token (T of the params buffer), n_kv_head, with windowed: window (0: all positions are seen), with records: n_group
         (groups of a row: n_head * head_dim / 32).
     """
@@ -93,19 +93,18 @@ def _merge_splits(b: Block, spec: AttentionSpec, bufs: dict[str, Buffer], push: 
     used = (length + (spec.split - 1)) // spec.split
     first_used = lowest_position(b, length, push["window"]) // spec.split if spec.windowed else 0
     dims = [b.min(lane + first, spec.head_dim - 1) for first in owned]
-    merged = Head.fresh(b, len(dims))
+    highest, merged = Highest.fresh(b), Head.fresh(b, len(dims))
     with b.range(first_used, used) as split:
         place = (row * (n_head // spec.group) + head // spec.group) * push["n_split"] + split
         start = (place * spec.group + head % spec.group) * (spec.head_dim + 2)
-        before, now = merged.highest.get(), b.max(merged.highest.get(), partials[start])
-        keep, share = b.exp2(before - now), b.exp2(partials[start] - now)
-        merged.highest.set(now)
+        now, keep = highest.update(b, partials[start])
+        share = b.exp2(partials[start] - now)
         merged.total.set(merged.total.get() * keep + partials[start + 1] * share)
         for value, dim in zip(merged.values, dims, strict=True):
             value.set(value.get() * keep + partials[start + 2 + dim] * share)
     total = merged.total.get()
     if spec.sinks:
-        total = with_sink(b, bufs["sinks"][head], merged.highest.get(), total)
+        total = with_sink(b, bufs["sinks"][head], highest.var.get(), total)
     for first, value, dim in zip(owned, merged.values, dims, strict=True):
         with b.when(lane + first < spec.head_dim):
             bufs["out"][(row * n_head + head) * spec.head_dim + dim] = b.select(used > 0, value.get() / total, 0.0)

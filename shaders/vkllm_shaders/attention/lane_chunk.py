@@ -10,7 +10,7 @@ from typing import Any
 from vkllm_codegen import Block, Buffer, Value, f32, f32x4, u32
 from vkllm_shaders.attention.result import Result
 from vkllm_shaders.attention.rows import CHUNK_DIMS, Rows
-from vkllm_shaders.attention.softmax import LOWEST, Head, capped, query_scale
+from vkllm_shaders.attention.softmax import LOWEST, Head, Highest, capped, query_scale
 from vkllm_shaders.attention.span import Span
 from vkllm_shaders.attention.spec import AttentionSpec
 
@@ -28,24 +28,25 @@ def lane_chunk(b: Block, spec: AttentionSpec, q: Buffer, rows: Rows, result: Res
     subset = lane // spec.chunks if n_chunk == 1 else b.const(u32, 0)
     chunks = [lane % spec.chunks] if n_chunk == 1 else [b.min(lane + j * spec.lanes, spec.chunks - 1) for j in range(n_chunk)]
     heads = [Head.fresh(b, CHUNK_DIMS * n_chunk) for _ in range(spec.group)]
+    tops = [Highest.fresh(b) for _ in heads]
 
     with b.range(span.first, span.last, step=invocations) as base:
         position = base + subgroup * spec.lanes + lane
         valid, bounded = span.holds(position), span.bounded(position)
-        slot = rows.block(bounded) + bounded % spec.block_size
-        scores = _scores(b, spec, rows, slot, queries)
+        place = rows.block(bounded) + bounded % spec.block_size
+        scores = _scores(b, spec, rows, place, queries)
         weights = []
-        for head, score in zip(heads, scores, strict=True):
-            highest = b.subgroup_max(b.select(valid, score, LOWEST))
-            weights += head.update(b, highest, [score], [valid])
+        for head, top, score in zip(heads, tops, scores, strict=True):
+            now = top.update(b, b.subgroup_max(b.select(valid, score, LOWEST)))
+            weights += head.update(b, now, [score], [valid])
         sums = [[value.get() for value in head.values] for head in heads]
-        scales = rows.value_scales(rows.start(slot))
+        scales = rows.scales(rows.v, rows.start(place))
         for step in range(0, spec.lanes, n_subset):
             source = b.min(subset + step, spec.lanes - 1)
             mine = (subset < n_subset) & (subset + step < spec.lanes)
-            start = rows.start(b.subgroup_shuffle(slot, source))
+            start = rows.start(b.subgroup_shuffle(place, source))
             own = rows.own_scales(chunks, [b.subgroup_shuffle(scale, source) for scale in scales])
-            values = rows.values(start, chunks, own)
+            values = rows.values(rows.v, start, chunks, own)
             for g, weight in enumerate(weights):
                 factor = b.select(mine, b.subgroup_shuffle(weight, source), 0.0)
                 sums[g] = [total + factor * value for total, value in zip(sums[g], values, strict=True)]
@@ -53,14 +54,14 @@ def lane_chunk(b: Block, spec: AttentionSpec, q: Buffer, rows: Rows, result: Res
             for var, total in zip(head.values, totals, strict=True):
                 var.set(total)
 
-    _merge_subgroups(b, spec, heads, n_subset, chunks, result)
+    _merge_subgroups(b, spec, heads, tops, n_subset, chunks, result)
 
 
-def _scores(b: Block, spec: AttentionSpec, rows: Rows, slot: Value, queries: Any) -> list[Value]:
+def _scores(b: Block, spec: AttentionSpec, rows: Rows, place: Value, queries: Any) -> list[Value]:
     """[group] scores of this lane's position, the queries read from shared memory (all lanes the same address)."""
     totals: list[Value] = []
-    start = rows.start(slot)
-    scales = rows.key_scales(start)
+    start = rows.start(place)
+    scales = rows.scales(rows.k, start)
     for part, first in enumerate(range(0, spec.head_dim, rows.scaled_dims)):
         products = _products(b, rows, start, queries, range(first, first + rows.scaled_dims))
         if scales:
@@ -84,16 +85,16 @@ def _products(b: Block, rows: Rows, start: Value, queries: Any, dims: range) -> 
 
 
 def _merge_subgroups(
-    b: Block, spec: AttentionSpec, heads: list[Head], n_subset: int, chunks: list[Value], result: Result
+    b: Block, spec: AttentionSpec, heads: list[Head], tops: list[Highest], n_subset: int, chunks: list[Value], result: Result
 ) -> None:
     """Bring the subgroups of a workgroup to one largest score a head, add them up, store."""
     lane, subgroup, invocations = b.subgroup_lane(), b.subgroup_id(), spec.invocations
     state = b.shared(f32, 2 * spec.subgroups * spec.group)
     values = b.shared(f32, spec.subgroups * spec.group * spec.head_dim)
-    for g, head in enumerate(heads):
+    for g, (head, top) in enumerate(zip(heads, tops, strict=True)):
         total = b.subgroup_add(head.total.get())
         with b.when(lane == 0):
-            state[(subgroup * spec.group + g) * 2] = head.highest.get()
+            state[(subgroup * spec.group + g) * 2] = top.var.get()
             state[(subgroup * spec.group + g) * 2 + 1] = total
         for j, chunk in enumerate(chunks):
             for i in range(8):

@@ -1,8 +1,14 @@
-"""The schedule for lavapipe: one subgroup a workgroup, texel reads, constant-lane shuffles."""
+"""The schedule for lavapipe: one subgroup a workgroup, texel reads, constant-lane shuffles and exchanges.
+
+A lane owns 8 dims (a chunk) of queries, K and V alike. K and V rows are read one after the other, so that a row's chunks lie in
+neighbouring lanes; the sums over dims of as many positions as there are chunks are then added up across lanes by halves, which
+leaves each lane with the score of a position of its own.
+"""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
@@ -10,7 +16,7 @@ from functools import reduce
 from vkllm_codegen import Block, Buffer, Value, f32, u32
 from vkllm_shaders.attention.result import Result
 from vkllm_shaders.attention.rows import CHUNK_DIMS, Rows
-from vkllm_shaders.attention.softmax import LOWEST, Head, capped, query_scale
+from vkllm_shaders.attention.softmax import LOWEST, Head, Highest, capped, query_scale
 from vkllm_shaders.attention.span import Span
 from vkllm_shaders.attention.spec import AttentionSpec
 from vkllm_shaders.records import over_lanes
@@ -19,80 +25,70 @@ from vkllm_shaders.records import over_lanes
 def lane_row(b: Block, spec: AttentionSpec, q: Buffer, rows: Rows, result: Result, span: Span) -> None:
     """One subgroup: tiles of `turn` positions, `turn / lanes` registers of scores a head."""
     lane, registers = b.subgroup_lane(), range(spec.turn // spec.lanes)
-    queries = _queries(b, spec, q, lane, result.pair)
     owner = _Owner.of(b, spec, lane)
+    queries = [owner.query(q, result.pair * spec.group + g) for g in range(spec.group)]
+    tops = _Tops(b, spec.group, spec.lanes)
     heads = [Head.fresh(b, CHUNK_DIMS * owner.n_chunk) for _ in range(spec.group)]
 
     with b.range(span.first, span.last, step=spec.turn) as base:
         positions = [base + (r * spec.lanes) + lane for r in registers]
         valid = [span.holds(position) for position in positions]
-        slots = _slots(b, spec, rows, base, [span.bounded(position) for position in positions])
-        scores = _scores(b, spec, rows, slots, queries)
-        weights = []
-        for head, own in zip(heads, scores, strict=True):
-            masked = [b.select(ok, score, LOWEST) for score, ok in zip(own, valid, strict=True)]
-            weights.append(head.update(b, over_lanes(b, b.max, reduce(b.max, masked), spec.lanes), own, valid))
+        places = _places(b, spec, rows, base, [span.bounded(position) for position in positions])
+        by_register = [_scores(rows, owner, place, queries) for place in places]
+        scores = [capped(b, spec, [own[g] for own in by_register]) for g in range(spec.group)]
+        masked = [[b.select(ok, score, LOWEST) for score, ok in zip(own, valid, strict=True)] for own in scores]
+        now = tops.update([reduce(b.max, own) for own in masked])
+        weights = [head.update(b, top, own, valid) for head, top, own in zip(heads, now, scores, strict=True)]
         for r in registers:
-            _add_values(rows, owner, slots[r], [own[r] for own in weights], heads)
+            _add_values(rows, owner, places[r], [own[r] for own in weights], heads)
 
     with nullcontext() if result.direct else b.when(result.used):
         for g, head in enumerate(heads):
             total = _sum_of_lanes(b, head.total.get(), spec.lanes)
-            result.store_state(g, head.highest.get(), total)
-            owner.store(g, [value.get() for value in head.values], result.finish(g, head.highest.get(), total), result)
+            top = tops.of(g)
+            result.store_state(g, top, total)
+            owner.store(g, [value.get() for value in head.values], result.finish(g, top, total), result)
 
 
-def _slots(b: Block, spec: AttentionSpec, rows: Rows, base: Value, positions: list[Value]) -> list[Value]:
-    """Cache slots of positions in the tile that starts at `base`; one look-up where a tile lies in one block."""
+def _places(b: Block, spec: AttentionSpec, rows: Rows, base: Value, positions: list[Value]) -> list[Value]:
+    """Cache rows of positions in the tile that starts at `base`; one look-up where a tile lies in one block."""
     if spec.block_size % spec.turn == 0:
         block = rows.block(base)
         return [block + position % spec.block_size for position in positions]
     return [rows.block(position) + position % spec.block_size for position in positions]
 
 
-def _queries(b: Block, spec: AttentionSpec, q: Buffer, lane: Value, pair: Value) -> list[list[Value]]:
-    """[group][texels of a head spread over the lanes] of f32x4, scaled; dim d is component d % 4 of lane (d / 4) % lanes."""
-    n_texel = spec.head_dim // 4
-    queries = []
-    for g in range(spec.group):
-        start = (pair * spec.group + g) * n_texel
-        offsets = [lane + j if j + spec.lanes <= n_texel else b.min(lane + j, n_texel - 1) for j in range(0, n_texel, spec.lanes)]
-        queries.append([q[start + offset] * query_scale(spec) for offset in offsets])
-    return queries
+class _Tops:
+    """The largest scores of all heads: head g's in lane g of as many registers as that takes."""
 
+    def __init__(self, b: Block, group: int, lanes: int) -> None:
+        self.b, self.lanes = b, lanes
+        self.highest = [Highest.fresh(b) for _ in range(0, group, lanes)]
+        self.n_merged = min(1 << (group - 1).bit_length(), lanes)
 
-def _scores(b: Block, spec: AttentionSpec, rows: Rows, slots: list[Value], queries: list[list[Value]]) -> list[list[Value]]:
-    """[group][register] scores of this lane's positions."""
-    starts = [rows.start(slot) for slot in slots]
-    scales = [rows.key_scales(start) for start in starts]
-    totals: list[list[Value]] = []
-    for part, first in enumerate(range(0, spec.head_dim, rows.scaled_dims)):
-        products = _products(b, rows, starts, queries, range(first, first + rows.scaled_dims))
-        if scales[0]:
-            products = [[p * own[part] for p, own in zip(head, scales, strict=True)] for head in products]
-        totals = (
-            [[t + p for t, p in zip(*both, strict=True)] for both in zip(totals, products, strict=True)] if part else products
-        )
-    return [capped(b, spec, head) for head in totals]
+    def update(self, scores: list[Value]) -> list[tuple[Value, Value]]:
+        """Take in scores of every head, a position a lane. Returns: of every head what Head.update wants."""
+        b, packed = self.b, []
+        for i, highest in enumerate(self.highest):
+            own = scores[i * self.lanes : (i + 1) * self.lanes]
+            largest = _merged(b, b.max, own + [b.const(f32, LOWEST)] * (self.n_merged - len(own)))
+            packed.append(highest.update(b, over_lanes(b, b.max, largest, self.lanes, self.n_merged)))
+        return [(self._of(g, [now for now, _ in packed]), self._of(g, [keep for _, keep in packed])) for g in range(len(scores))]
 
+    def of(self, g: int) -> Value:
+        """Head g's largest score."""
+        return self._of(g, [highest.var.get() for highest in self.highest])
 
-def _products(b: Block, rows: Rows, starts: list[Value], queries: list[list[Value]], dims: range) -> list[list[Value]]:
-    """[group][register] sums over `dims` of query times key."""
-    lanes = rows.spec.lanes
-    sums: list[list[Value]] = [[b.const(f32, 0.0) for _ in starts] for _ in queries]
-    for first in dims[:: rows.texel_dims]:
-        keys = [rows.key(start, first) for start in starts]
-        for i in range(rows.texel_dims):
-            texel_index, part = divmod(first + i, 4)
-            for g, query in enumerate(queries):
-                factor = b.subgroup_shuffle(query[texel_index // lanes][part], texel_index % lanes)
-                sums[g] = [total + key[i] * factor for total, key in zip(sums[g], keys, strict=True)]
-    return sums
+    def _of(self, g: int, packed: list[Value]) -> Value:
+        return self.b.subgroup_shuffle(packed[g // self.lanes], g % self.lanes)
 
 
 @dataclass(frozen=True)
 class _Owner:
-    """Which dims a lane owns: `n_chunk` chunks of 8, or one chunk for every `n_subset`-th position (fewer chunks than lanes)."""
+    """Which dims a lane owns: `n_chunk` chunks of 8; or one, where the lanes make `n_subset` subsets that hold all chunks each.
+
+    Of `lanes` positions a subset takes as many as it has lanes, position for position in one `step`.
+    """
 
     b: Block
     spec: AttentionSpec
@@ -111,15 +107,33 @@ class _Owner:
         own = [b.min(lane + j * spec.lanes, spec.chunks - 1) for j in range(n_chunk)]
         return cls(b, spec, n_chunk, 1, b.const(u32, 0), own)
 
+    @property
+    def n_step(self) -> int:
+        """Lanes of a subset, and positions that it takes."""
+        return self.spec.lanes // self.n_subset
+
+    def query(self, q: Buffer, head: Value) -> list[Value]:
+        """This lane's dims of a head, scaled; zeros for those that another lane owns."""
+        start, scale = head * (self.spec.head_dim // 4), query_scale(self.spec)
+        dims = [q[start + chunk * 2 + i][j] * scale for chunk in self.chunk for i in range(2) for j in range(4)]
+        if self.n_subset > 1 or self.spec.chunks % self.spec.lanes == 0:
+            return dims
+        lane = self.b.subgroup_lane()
+        owned = [lane + j * self.spec.lanes < self.spec.chunks for j in range(self.n_chunk)]
+        return [self.b.select(owned[i // CHUNK_DIMS], dim, 0.0) for i, dim in enumerate(dims)]
+
     def spread(self, value: Value, step: int) -> Value:
         """Of a value that lane = position holds, what this lane needs at `step`: its own subset's position."""
         if self.n_subset == self.spec.lanes:
             return value
-        source = step * self.n_subset
-        spread = self.b.subgroup_shuffle(value, source)
+        spread = self.b.subgroup_shuffle(value, step)
         for t in range(1, self.n_subset):
-            spread = self.b.select(self.subset == t, self.b.subgroup_shuffle(value, source + t), spread)
+            spread = self.b.select(self.subset == t, self.b.subgroup_shuffle(value, t * self.n_step + step), spread)
         return spread
+
+    def gathered(self, parts: list[Value]) -> Value:
+        """Of parts[step], each lane's part of a sum over its subset, the whole sum that belongs to this lane's position."""
+        return _merged(self.b, operator.add, parts)
 
     def store(self, g: int, values: list[Value], total: Value, result: Result) -> None:
         """Add up the subsets and store the dims that this lane owns."""
@@ -143,14 +157,26 @@ class _Owner:
         return total
 
 
-def _add_values(rows: Rows, owner: _Owner, slot: Value, weights: list[Value], heads: list[Head]) -> None:
-    """Add `lanes` positions' weighted V rows, a lane its own dims."""
-    scales = rows.value_scales(rows.start(slot))
-    values: list[list[Value]] = []  # of each step
-    for step in range(owner.spec.lanes // owner.n_subset):
-        start = rows.start(owner.spread(slot, step))
+def _rows_read(rows: Rows, owner: _Owner, place: Value, cache: Buffer) -> Iterator[list[Value]]:
+    """This lane's dims of K or V rows, those of `lanes` positions, step by step."""
+    scales = rows.scales(cache, rows.start(place))
+    for step in range(owner.n_step):
         own = rows.own_scales(owner.chunk, [owner.spread(scale, step) for scale in scales])
-        values.append(rows.values(start, owner.chunk, own))
+        yield rows.values(cache, rows.start(owner.spread(place, step)), owner.chunk, own)
+
+
+def _scores(rows: Rows, owner: _Owner, place: Value, queries: list[list[Value]]) -> list[Value]:
+    """[group] products of the queries and the key of this lane's position."""
+    parts: list[list[Value]] = [[] for _ in queries]
+    for key in _rows_read(rows, owner, place, rows.k):
+        for own, query in zip(parts, queries, strict=True):
+            own.append(reduce(operator.add, [q * k for q, k in zip(query, key, strict=True)]))
+    return [owner.gathered(own) for own in parts]
+
+
+def _add_values(rows: Rows, owner: _Owner, place: Value, weights: list[Value], heads: list[Head]) -> None:
+    """Add `lanes` positions' weighted V rows, a lane its own dims."""
+    values = list(_rows_read(rows, owner, place, rows.v))
     for head, weight in zip(heads, weights, strict=True):  # head after head: the sums of one fit into registers
         totals = [var.get() for var in head.values]
         for step, row in enumerate(values):
@@ -158,6 +184,22 @@ def _add_values(rows: Rows, owner: _Owner, slot: Value, weights: list[Value], he
             totals = [total + factor * value for total, value in zip(totals, row, strict=True)]
         for var, total in zip(head.values, totals, strict=True):
             var.set(total)
+
+
+def _merged(b: Block, combine: Callable[[Value, Value], Value], parts: list[Value]) -> Value:
+    """Of n parts, a power of two: lane l gets parts[l % n], combined over the aligned n lanes that l is one of.
+
+    By halves: n - 1 exchanges, where one part after the other would take n log2(n).
+    """
+    distance = 1
+    while len(parts) > 1:
+        odd = (b.subgroup_lane() & distance) != 0
+        parts = [
+            combine(b.select(odd, late, early), b.subgroup_shuffle_xor(b.select(odd, early, late), distance))
+            for early, late in zip(parts[::2], parts[1::2], strict=True)
+        ]
+        distance *= 2
+    return parts[0]
 
 
 def _sum_of_lanes(b: Block, value: Value, lanes: int) -> Value:

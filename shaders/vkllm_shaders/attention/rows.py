@@ -1,4 +1,7 @@
-"""Where the K and V rows of one (row, KV head) lie in the paged cache, and how they are read: f16, or Q8_0 with its scales."""
+"""Where the K and V rows of one (row, KV head) lie in the paged cache, and how they are read: f16, or Q8_0 with its scales.
+
+The cache is [block, KV head, position in the block]: the rows of one head follow one another, as they are read.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ SCALE_CHUNKS = SCALE_DIMS // CHUNK_DIMS
 
 @dataclass(frozen=True)
 class Rows:
-    """The K and V rows of one (row, KV head). `start` of a slot is the first texel of its row, in K and in V."""
+    """The K and V rows of one (row, KV head), counted over all heads and blocks."""
 
     b: Block
     spec: AttentionSpec
@@ -26,12 +29,13 @@ class Rows:
     table_start: Value
 
     def block(self, position: Value) -> Value:
-        """The first cache slot of the block that holds `position`."""
-        return self.block_table[self.table_start + position // self.spec.block_size] * self.spec.block_size
+        """The first cache row, for this head, of the block that holds `position`."""
+        block = self.block_table[self.table_start + position // self.spec.block_size]
+        return (block * self.n_kv_head + self.head) * self.spec.block_size
 
-    def start(self, slot: Value) -> Value:
-        """Index of the first 16-byte texel of a slot's K or V row."""
-        return (slot * self.n_kv_head + self.head) * self.spec.row_texels
+    def start(self, row: Value) -> Value:
+        """Index of the first 16-byte texel of a K or V row."""
+        return row * self.spec.row_texels
 
     @property
     def scaled_dims(self) -> int:
@@ -50,28 +54,21 @@ class Rows:
             return _halves(self.b, words)
         return [value for i in range(4) for value in _signed_bytes(words[i])]
 
-    def key_scales(self, start: Value) -> list[Value]:
-        """The scales of a K row, one for `scaled_dims` dims; none in f16."""
-        return self._scales(self.k, start)
-
-    def value_scales(self, start: Value) -> list[Value]:
-        """The same of a V row."""
-        return self._scales(self.v, start)
-
-    def _scales(self, rows: Buffer, start: Value) -> list[Value]:
-        texels = [rows[start + i] for i in range(scale_texels(self.spec.head_dim, self.spec.cache))]
+    def scales(self, cache: Buffer, start: Value) -> list[Value]:
+        """The scales of a row of K or V, one for `scaled_dims` dims; none in f16."""
+        texels = [cache[start + i] for i in range(scale_texels(self.spec.head_dim, self.spec.cache))]
         n_scale = self.spec.head_dim // SCALE_DIMS if texels else 0
         return [texels[i // 4][i % 4].bitcast(f32) for i in range(n_scale)]
 
-    def values(self, start: Value, chunks: Sequence[Value], scales: Sequence[Value]) -> list[Value]:
-        """The 8 numbers of each chunk of a V row. `scales`: in Q8_0 those of the chunks."""
+    def values(self, cache: Buffer, start: Value, chunks: Sequence[Value], scales: Sequence[Value]) -> list[Value]:
+        """The 8 numbers of each chunk of a row of K or V. `scales`: in Q8_0 those of the chunks."""
         if self.spec.cache == "f16":
-            return [value for chunk in chunks for value in _halves(self.b, self.v[start + chunk])]
+            return [value for chunk in chunks for value in _halves(self.b, cache[start + chunk])]
         first = start + scale_texels(self.spec.head_dim, self.spec.cache)
         return [
             value * scale
             for chunk, scale in zip(chunks, scales, strict=True)
-            for word in self._half_texel(self.v[first + (chunk >> 1)], chunk)
+            for word in self._half_texel(cache[first + (chunk >> 1)], chunk)
             for value in _signed_bytes(word)
         ]
 

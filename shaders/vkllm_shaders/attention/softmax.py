@@ -40,28 +40,42 @@ def capped(b: Block, spec: AttentionSpec, products: list[Value]) -> list[Value]:
 
 
 @dataclass(frozen=True)
-class Head:
-    """The running state of one query head: largest score, this lane's part of the sum of weights, weighted values."""
+class Highest:
+    """The largest scores so far, each lane with one of its own: in log2 units."""
 
-    highest: Var
+    var: Var
+
+    @classmethod
+    def fresh(cls, b: Block) -> Highest:
+        return cls(b.var(f32, LOWEST))
+
+    def update(self, b: Block, scores: Value) -> tuple[Value, Value]:
+        """Take in more scores. Returns: the largest now, and the factor that brings weights so far to it."""
+        before, now = self.var.get(), b.max(self.var.get(), scores)
+        self.var.set(now)
+        return now, b.exp2(before - now)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The running state of one query head: this lane's part of the sum of weights, and weighted values."""
+
     total: Var
     values: list[Var]
 
     @classmethod
     def fresh(cls, b: Block, n_value: int) -> Head:
-        return cls(b.var(f32, LOWEST), b.var(f32, 0.0), [b.var(f32, 0.0) for _ in range(n_value)])
+        return cls(b.var(f32, 0.0), [b.var(f32, 0.0) for _ in range(n_value)])
 
-    def update(self, b: Block, highest: Value, scores: Sequence[Value], valid: Sequence[Value]) -> list[Value]:
-        """Move to the new largest score; returns the weights 2^(score - highest), zero where not valid.
+    def update(self, b: Block, top: tuple[Value, Value], scores: Sequence[Value], valid: Sequence[Value]) -> list[Value]:
+        """Move to the largest score as Highest tells it; returns the weights 2^(score - largest), zero where not valid.
 
         A NaN stays one: lavapipe's exp2 makes 0 of it.
         """
-        before, now = self.highest.get(), b.max(self.highest.get(), highest)
-        keep = b.exp2(before - now)
+        now, keep = top
         below = [score - now for score in scores]
         powers = [b.select(distance <= 0.0, b.exp2(distance), distance) for distance in below]
         weights = [b.select(ok, power, 0.0) for ok, power in zip(valid, powers, strict=True)]
-        self.highest.set(now)
         self.total.set(reduce(operator.add, weights, self.total.get() * keep))
         for value in self.values:
             value.set(value.get() * keep)

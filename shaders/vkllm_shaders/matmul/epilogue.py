@@ -181,7 +181,7 @@ class Finish:
         head, i = pair // half, pair % half
         first, distance = (i * 2, 1) if spec.rope_pairing == "interleaved" else (i, half)
         capacity = push["capacity"]
-        position, slot = self.bufs["params"][capacity + token], self.bufs["params"][capacity * 2 + token]
+        position, cache_row = self.bufs["params"][capacity + token], self.bufs["params"][capacity * 2 + token]
         turn = self.bufs["rope"][(position * half + i) >> 1]
         odd = (i & 1) == 1
         cos, sin = b.select(odd, turn[2], turn[0]), b.select(odd, turn[3], turn[1])
@@ -191,9 +191,9 @@ class Finish:
             at = (token * n_head + head) * spec.head_dim + first
             self.bufs["q"][at] = ra
             self.bufs["q"][at + distance] = rc
-        with b.when((head >= n_head) & (slot != NO_SLOT)):
+        with b.when((head >= n_head) & (cache_row != NO_SLOT)):
             kv_head = (head - n_head) % n_kv
-            at = (slot * n_kv + kv_head) * spec.head_dim + first
+            at = (cache_row + kv_head * push["block_size"]) * spec.head_dim + first
             with b.when(head < n_head + n_kv):
                 self.bufs["k"][at] = ra.to(f16)
                 self.bufs["k"][at + distance] = rc.to(f16)

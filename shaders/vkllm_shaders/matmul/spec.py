@@ -147,7 +147,7 @@ def push_constants(spec: MatmulSpec) -> dict[str, DType]:
     names += ["y_squares_stride"] if spec.records and spec.epilogue == "residual" else []
     names += ["n_share"] if spec.experts else []
     names += ["capacity"] if spec.gather or spec.epilogue == "qkv" else []
-    names += ["n_head", "n_kv_head"] if spec.epilogue == "qkv" else ["y_stride"]
+    names += ["n_head", "n_kv_head", "block_size"] if spec.epilogue == "qkv" else ["y_stride"]
     return dict.fromkeys(names, u32) | ({"eps": f32} if spec.norm else {})
 
 
