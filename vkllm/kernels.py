@@ -158,7 +158,7 @@ class Lowering:
         for op in self.graph.ops:
             if isinstance(op, Qkv):
                 sizes |= dict.fromkeys((f"k.{op.layer}", f"v.{op.layer}"), n_block * self.block_nbytes)
-                sizes |= {} if self._fused(op) else {"qkv": (n * self.stride("qkv") + ROW_ALIGN) * 4}
+                sizes |= {} if self._fused(op, n) else {"qkv": (n * self.stride("qkv") + ROW_ALIGN) * 4}
         if self.n_split > 1:
             sizes["partials"] = self._attention.scratch_nbytes(n, c.n_kv_head, self.n_split)
         for op in self._readers():
@@ -194,9 +194,13 @@ class Lowering:
         c, runtime = self.graph.config, self.runtime
         return runtime.block_size * c.n_kv_head * cache_row_nbytes(c.head_dim, runtime.cache_type)
 
-    def _fused(self, op: Qkv) -> bool:
-        """Do the matrix kernels of `op` turn the heads and fill the cache themselves?"""
+    def _in_pairs(self, op: Qkv) -> bool:
+        """Are the weights packed so that matrix kernels can turn heads and fill the cache?"""
         return self.fuses_heads and op.head_norms is None
+
+    def _fused(self, op: Qkv, n_row: int) -> bool:
+        """Do they? On lavapipe with one row: in tiled kernels that code was longer than the loop before it, and as slow."""
+        return self._in_pairs(op) and (n_row == 1 or self.layout.kind == "lane_chunk")
 
     def vector_values(self, vectors: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         """What to upload as vectors: norm weights as they are, biases in the row order of their packed matrices."""
@@ -212,7 +216,7 @@ class Lowering:
     def _matrices_of(self, op: MatrixOp) -> Iterator[Matrix]:
         """An op's weights as packed matrices: neighbours of one type share a buffer and a dispatch."""
         if isinstance(op, Qkv):
-            epilogue = "qkv" if self._fused(op) else "store"
+            epilogue = "qkv" if self._in_pairs(op) else "store"
             for _, same in groupby(op.parts, key=lambda part: self._types[part.weight]):
                 yield self._matrix(tuple(same), epilogue)
             return
@@ -301,11 +305,8 @@ class Lowering:
         return whole and ((op.epilogue == "residual" and norm is not None) or (op.epilogue == "swiglu" and norm is None))
 
     def _writes(self, op: Op, n_row: int) -> tuple[dict[str, str], dict[str, int]]:
-        """What `op` binds and pushes to write the record of its result; nothing where a dispatch of its own does it.
-
-        With many rows a record costs little beside its products, and tiled kernels have no registers to spare for it.
-        """
-        if n_row > 1 or op.name not in self._records.writers or isinstance(op, Argmax):
+        """What `op` binds and pushes to write the record of its result; nothing where a dispatch of its own does it."""
+        if op.name not in self._records.writers or isinstance(op, Argmax) or not _records_itself(op, n_row):
             return {}, {}
         norm, groups = self._records.writers[op.name], n_group(self.graph.buffers[op.y].n_col)
         record = f"{op.y} in 8 bits"
@@ -316,13 +317,13 @@ class Lowering:
     def _own_record(self, op: Linear | Qkv | ExpertLinear, n_row: int) -> bool:
         """Does a dispatch of its own make the record that `op` reads?"""
         origin = self._records.origins.get(op.name)
-        return origin == "dispatch" or (origin == "writer" and n_row > 1)
+        return origin == "dispatch" or not (origin is None or origin == "earlier" or _records_itself(origin, n_row))
 
     def _record(self, op: Linear | Qkv | ExpertLinear, n_row: int, n_out: int = 0) -> list[Dispatch]:
         """That dispatch, if there is one. `n_out`: for logits, the rows that are wanted."""
         if not self._own_record(op, n_row):
             return []
-        gathers, n_col = _gathers(op), op.parts[0].n_col
+        gathers, n_col = _gathers(op) and n_row > 1, op.parts[0].n_col
         record = _record_name(op, gathers)
         buffers = {"x": op.x, "norm_w": op.norm or "", "params": "params", "record": record, "squares": _squares_name(record)}
         push = {"x_stride": self.stride(op.x) // 4, "n_group": n_group(n_col), "squares_stride": squares_stride(n_col)}
@@ -340,9 +341,10 @@ class Lowering:
         buffers: dict[str, str],
         push: dict[str, int | float],
         n_grid: int = 0,
+        record: str = "",
     ) -> Dispatch:
-        """One matrix product. `n_grid`: rows that the grid is for, where that is not `n_row`."""
-        return self._one(op, self._product(op, matrix, spec, n_row, buffers, push), n_grid or n_row)
+        """One matrix product. `n_grid`: rows that the grid is for, where that is not `n_row`; `record`: as for _product."""
+        return self._one(op, self._product(op, matrix, spec, n_row, buffers, push, record), n_grid or n_row)
 
     def _one(self, op: Linear | Qkv | ExpertLinear, product: Product, n_row: int) -> Dispatch:
         """A product as a dispatch of its own."""
@@ -373,8 +375,10 @@ class Lowering:
         n_row: int,
         buffers: dict[str, str],
         push: dict[str, int | float],
+        record: str = "",
     ) -> Product:
-        """What all matrix kernels have in common, beside the `buffers` and `push` of an op's own."""
+        """What all matrix kernels have in common, beside the `buffers` and `push` of an op's own. `record`: of x, where that is
+        not the one of all its rows."""
         buffers |= {"w": matrix.name, "x": op.x, "params": "params", "bias": _bias_name(matrix)} | (
             {"norm_w": op.norm} if op.norm else {}
         )
@@ -382,7 +386,7 @@ class Lowering:
         push |= {"n_chunk": matrix.n_chunk, "n_group": matrix.layout.n_group(n_packed), "n_token": n_row}
         push |= {"n_col": matrix.n_col, "x_stride": self.stride(op.x) // 4, "eps": self.graph.config.rms_norm_eps}
         if spec.from_records:
-            record = _record_name(op, _gathers(op) and not spec.gather)
+            record = record or _record_name(op)
             buffers |= {"x": record, "squares": _squares_name(record)}
             push |= {"x_stride": n_group(matrix.n_col), "squares_stride": squares_stride(matrix.n_col) // 4}
         bytes_a_us, macs_a_us = self._rate
@@ -419,8 +423,8 @@ class Lowering:
             records=records,
             scale=op.scale if isinstance(op, Linear) else 1.0,
             softcap=op.softcap if isinstance(op, Linear) else 0.0,
-            rope_pairing=self.graph.config.rope_pairing if epilogue == "qkv" else "interleaved",
-            head_dim=self.graph.config.head_dim if epilogue == "qkv" else 0,
+            rope_pairing=self.graph.config.rope_pairing if epilogue in ("qkv", "pairs") else "interleaved",
+            head_dim=self.graph.config.head_dim if epilogue in ("qkv", "pairs") else 0,
             subgroup=self.lanes,
         )
 
@@ -439,26 +443,30 @@ class Lowering:
         told, more = self._writes(op, n_row)
         buffers = {"y": op.y} | {f"y_{name}": buffer for name, buffer in told.items()}
         push |= {"capacity": n_row} | {f"y_{name}": value for name, value in more.items()}
-        spec = self._spec(op, matrix, op.epilogue, rows, op.gather and not self._own_record(op, n_row), bool(told))
-        return [*self._record(op, n_row, n_out), self._matmul(op, matrix, spec, rows, buffers, push)]
+        gathers, recorded = op.gather and n_row > 1, self._own_record(op, n_row)
+        spec = self._spec(op, matrix, op.epilogue, rows, gathers and not recorded, bool(told))
+        record = _record_name(op, gathers and recorded)
+        return [*self._record(op, n_row, n_out), self._matmul(op, matrix, spec, rows, buffers, push, record=record)]
 
     def _qkv(self, op: Qkv, n_row: int) -> list[Dispatch]:
-        """One dispatch for matrices of up to two types, and one for the heads where the matrix kernels cannot do their work."""
+        """One dispatch for matrices of up to two types, and one for the heads where the matrix kernels do not do their work."""
         products = [self._qkv_product(op, matrix, n_row) for matrix in self._by_op[op.name]]
         dispatches = self._record(op, n_row)
-        if len(products) == 2 and alike(products[0].spec, products[1].spec) and not products[0].tiled:
+        together = n_row == 1 or self.layout.kind == "lane_chunk"
+        if together and len(products) == 2 and alike(products[0].spec, products[1].spec) and not products[0].tiled:
             dispatches.append(self._pair(op, products[0], products[1], n_row))
         else:
             dispatches += [self._one(op, product, n_row) for product in products]
-        return dispatches if self._fused(op) else [*dispatches, self._heads(op, n_row)]
+        return dispatches if self._fused(op, n_row) else [*dispatches, self._heads(op, n_row)]
 
     def _qkv_product(self, op: Qkv, matrix: Matrix, n_row: int) -> Product:
         c = self.graph.config
         first = sum(p.n_row for p in op.parts[: op.parts.index(matrix.parts[0])])
         push: dict[str, int | float] = {"first_row": first, "n_row": matrix.n_row}
-        if not self._fused(op):
+        if not self._fused(op, n_row):
             push |= {"y_stride": self.stride("qkv")}
-            return self._product(op, matrix, self._spec(op, matrix, "store", n_row), n_row, {"y": "qkv"}, push)
+            spec = self._spec(op, matrix, "pairs" if self._in_pairs(op) else "store", n_row)
+            return self._product(op, matrix, spec, n_row, {"y": "qkv"}, push)
         push |= {"capacity": n_row, "n_head": c.n_head, "n_kv_head": c.n_kv_head, "block_size": self.runtime.block_size}
         buffers = {"q": op.y, "k": f"k.{op.layer}", "v": f"v.{op.layer}", "rope": op.rope}
         return self._product(op, matrix, self._spec(op, matrix, "qkv", n_row), n_row, buffers, push)
@@ -598,6 +606,14 @@ def _bias_name(matrix: Matrix) -> str:
 def _whole_steps(n_col: int) -> int:
     """Columns in whole steps of the matrix kernels."""
     return -(-n_col // ROW_ALIGN) * ROW_ALIGN
+
+
+def _records_itself(writer: Op, n_row: int) -> bool:
+    """Does an op that can write the record of its result do so in a step of `n_row` rows?
+
+    A record costs little beside the products of many rows, and tiled kernels have no registers to spare for it.
+    """
+    return n_row == 1 or isinstance(writer, Attention | Embed)
 
 
 def _gathers(op: Linear | Qkv | ExpertLinear) -> bool:

@@ -109,22 +109,23 @@ class Case:
         buffers = {b.name: self.buffers[b.name] for b in kernel.bindings}
         return check_kernel(kernel, outputs, buffers, self.push, {}, groups, **options)
 
-    def check(self, max_nmse: float = 1e-6, **options: Any) -> float:
+    def check(self, max_nmse: float = 1e-6, first_row: int = 3, **options: Any) -> float:
         """The row-wise epilogues, into a y with room to the left and right that must stay as it is. Returns: the NMSE."""
         spec, rng = self.spec, np.random.default_rng(1)
         n = int(self.push["n_row"])
-        self.push |= {"y_stride": n + 5, "first_row": 3}
-        before = rng.standard_normal((self.n_token, n + 5)).astype(np.float32)
+        rows = slice(first_row, first_row + n)
+        self.push |= {"y_stride": first_row + n + 2, "first_row": first_row}
+        before = rng.standard_normal((self.n_token, first_row + n + 2)).astype(np.float32)
         if spec.epilogue == "swiglu":
             result = swiglu(self.y[:, :n], self.y[:, n:])
         else:
-            result = self.y + (before[:, 3 : 3 + n] if spec.epilogue == "residual" else 0)
+            result = self.y + (before[:, rows] if spec.epilogue == "residual" else 0)
         expected = before.astype(np.float64)
-        expected[:, 3 : 3 + n] = result
+        expected[:, rows] = result
         self.buffers["y"] = before
         got = self.run({"y": expected}, max_nmse, **options)["y"].reshape(before.shape)
-        assert np.array_equal(np.delete(got, np.s_[3 : 3 + n], axis=1), np.delete(before, np.s_[3 : 3 + n], axis=1))
-        return nmse(got[:, 3 : 3 + n], result)
+        assert np.array_equal(np.delete(got, rows, axis=1), np.delete(before, rows, axis=1))
+        return nmse(got[:, rows], result)
 
     def check_qkv(self, n_head: int, n_kv: int, first_head: int = 0) -> None:
         """q, and the cache rows of k and v; `first_head`: where in q;k;v these parts begin."""
@@ -218,6 +219,16 @@ def test_qkv_with_rope_and_cache(tile: int, pairing: str, kind: str) -> None:
     Case(spec, (48, 16, 16), 64, 5).check_qkv(3, 1)
     Case(spec, (48,), 64, 1).check_qkv(3, 1)
     Case(spec, (32,), 64, 3).check_qkv(3, 2, first_head=5)  # v alone, of another type than q and k
+
+
+@pytest.mark.parametrize("kind", ["lane_row", "lane_pair", "lane_chunk"])
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+@pytest.mark.parametrize("tile", [1, 4])
+def test_pairs_are_stored_where_heads_expect_them(tile: int, pairing: str, kind: str) -> None:
+    """The weights of "qkv", the product of "store"."""
+    spec = spec_of("Q8_0", kind, tile=tile, norm=True, bias=True, epilogue="pairs", rope_pairing=pairing, head_dim=16)
+    Case(spec, (48, 16, 16), 64, 5).check(first_row=16)
+    Case(spec, (32,), 64, 3).check(first_row=0)
 
 
 @pytest.mark.parametrize("kind", ["lane_row", "lane_pair", "lane_chunk"])

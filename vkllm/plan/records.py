@@ -13,12 +13,12 @@ from typing import Literal
 from vkllm.plan.graph import Argmax, ExpertLinear, Graph, Linear, Op, Qkv
 
 Reader = Linear | Qkv | ExpertLinear
-Origin = Literal["writer", "dispatch", "earlier"]
+Origin = Op | Literal["dispatch", "earlier"]
 
 
 @dataclass(frozen=True)
 class RecordPlan:
-    """`origins`: where a reader's record comes from, by op name: the op that wrote x, a dispatch of its own, an earlier reader.
+    """`origins`: where a reader's record comes from, by op name: the op that wrote x, a dispatch of its own, an earlier reader's.
     `writers`: ops that write a record, and the norm for which (None: for none)."""
 
     origins: Mapping[str, Origin]
@@ -38,7 +38,7 @@ def plan_records(graph: Graph, reads: Callable[[Reader], bool], can_write: Calla
             if op.x in holds:
                 origins[op.name] = "earlier" if holds[op.x] == op.norm and not gathers else "dispatch"
             elif writer is not None and can_write(writer, op.norm):
-                origins[op.name], writers[writer.name] = "writer", op.norm
+                origins[op.name], writers[writer.name] = writer, op.norm
             else:
                 origins[op.name] = "dispatch"
             if not gathers:

@@ -22,8 +22,8 @@ def row_order(
     """The source row of each packed row, over the rows of the parts one below the other; -1 is padding.
 
     "store", "residual": as they are. "swiglu", "geglu", "swiglu_oai": parts (gate, up); a lane's rows are (gate i, up i) pairs.
-    "qkv": parts q, k, v or some of them, heads of `head_dim` rows; a lane's rows are RoPE pairs: rows (2i, 2i + 1) of a head
-    where rope_pairing is "interleaved", rows (i, i + head_dim / 2) where it is "half".
+    "qkv", "pairs": parts q, k, v or some of them, heads of `head_dim` rows; a lane's rows are RoPE pairs: rows (2i, 2i + 1) of a
+    head where rope_pairing is "interleaved", rows (i, i + head_dim / 2) where it is "half".
     """
     n_row = sum(n_rows)
     if epilogue in ("store", "residual"):

@@ -72,13 +72,13 @@ class Finish:
         return (self.body.groups[r // layout.rows] * layout.rows + r % layout.rows) * layout.lanes + self.body.lane
 
     def _row(self, r: int) -> Value:
-        """The row of y (or the pair, for "qkv") of one of a lane's rows or pairs; the same as row_order tells."""
+        """The row of y (or the pair, for "qkv" and "pairs") of one of a lane's rows or pairs; the same as row_order tells."""
         layout, lane, packed = self.spec.layout, self.body.lane, self._packed(r)
         beside, r = divmod(r, layout.rows)
         group = self.body.groups[beside]
         if not self.spec.paired:
             return packed if layout.kind == "lane_row" else group * layout.group_rows + lane * layout.rows + r
-        if layout.kind == "lane_row" or self.spec.epilogue == "qkv":
+        if layout.kind == "lane_row" or self.spec.of_heads:
             return (group * (layout.rows // 2) + r // 2) * layout.lanes + lane
         if self.spec.side_by_side > 1:
             place, late = self.body.groups[beside // 2 * 2], beside % 2
@@ -135,14 +135,19 @@ class Finish:
         """Finish one row or pair. `packed`: packed row of the first."""
         b, token = self.b, self.body.token(t)
         n_row = self.push["n_row"]
-        inside = row * 2 < n_row if self.spec.epilogue == "qkv" else row < n_row
+        inside = row * 2 < n_row if self.spec.of_heads else row < n_row
         with b.when(inside & (token < self.push["n_token"])):
             values = self._biased(values, packed)
             if self.spec.epilogue == "qkv":
                 self._rotate_and_cache(values[0], values[1], row, token)
                 return
-            at = token * self.push["y_stride"] + self.push["first_row"] + row
             y = self.bufs["y"]
+            if self.spec.epilogue == "pairs":
+                head, _, first, distance = self._of_head(row)
+                at = token * self.push["y_stride"] + head * self.spec.head_dim + first
+                y[at], y[at + distance] = values
+                return
+            at = token * self.push["y_stride"] + self.push["first_row"] + row
             values = self._scaled(values)
             if self.spec.epilogue == "swiglu":
                 y[at] = _swiglu(b, *values)
@@ -173,16 +178,20 @@ class Finish:
             values = [tanh(self.b, v * (1.0 / self.spec.softcap)) * self.spec.softcap for v in values]
         return values
 
+    def _of_head(self, pair: Value) -> tuple[Value, Value, Value, int]:
+        """A pair's head, counted over q, k and v; its number in the head, its first dim, and how far the second is from it."""
+        half = self.spec.head_dim // 2
+        pair = pair + (self.push["first_row"] >> 1)
+        head, i = pair // half, pair % half
+        return (head, i, i * 2, 1) if self.spec.rope_pairing == "interleaved" else (head, i, i, half)
+
     def _rotate_and_cache(self, a: Value, c: Value, pair: Value, token: Value) -> None:
         """RoPE on a pair of q or k; q is stored, k and v go to the cache."""
         b, push, spec = self.b, self.push, self.spec
-        half = spec.head_dim // 2
-        pair = pair + (push["first_row"] >> 1)
-        head, i = pair // half, pair % half
-        first, distance = (i * 2, 1) if spec.rope_pairing == "interleaved" else (i, half)
+        head, i, first, distance = self._of_head(pair)
         capacity = push["capacity"]
         position, cache_row = self.bufs["params"][capacity + token], self.bufs["params"][capacity * 2 + token]
-        turn = self.bufs["rope"][(position * half + i) >> 1]
+        turn = self.bufs["rope"][(position * (spec.head_dim // 2) + i) >> 1]
         odd = (i & 1) == 1
         cos, sin = b.select(odd, turn[2], turn[0]), b.select(odd, turn[3], turn[1])
         ra, rc = a * cos - c * sin, a * sin + c * cos

@@ -32,10 +32,10 @@ def matmul(spec: MatmulSpec) -> Kernel:
         with `records` y_record (of y), and for "residual", whose y is f32x4, y_norm_w (f32x4 texels) and y_squares
     Push: n_chunk: chunks a row; n_group: row groups of w; x_stride: texels a row of x (lane_pair: groups of 32 columns);
         n_token: rows to compute; n_row: rows of y that these weights make ("swiglu": of the gate; "qkv": of the parts together);
-        first_row: y's first of them ("qkv": counted over q, k, v one below the other); n_col and eps: for the norm; capacity: T
-        of params; y_stride: floats a row of y; squares_stride: texels a row of squares; y_squares_stride: floats. For experts
-        n_token counts rows of y (tokens times experts used), n_group and n_row are those of one expert, and row i of y reads
-        row i // n_share of x.
+        first_row: y's first of them ("qkv", "pairs": counted over q, k, v one below the other); n_col and eps: for the norm;
+        capacity: T of params; y_stride: floats a row of y; squares_stride: texels a row of squares; y_squares_stride: floats.
+        For experts n_token counts rows of y (tokens times experts used), n_group and n_row are those of one expert, and row i
+        of y reads row i // n_share of x.
     Nothing is written for rows from n_row and tokens from n_token on; a cache row of 0xFFFFFFFF is not written.
     """
     local = spec.lanes * (1 if spec.on_lavapipe else spec.subgroups)

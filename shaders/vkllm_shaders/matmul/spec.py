@@ -14,7 +14,7 @@ ALIGN_COLUMNS = 64  # rows of x are padded with zeros to a multiple of this
 
 DEFAULT_LAYOUT = Layout()
 
-Epilogue = Literal["store", "residual", "swiglu", "geglu", "swiglu_oai", "qkv"]
+Epilogue = Literal["store", "residual", "swiglu", "geglu", "swiglu_oai", "qkv", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MatmulSpec:
     side_by_side: row groups that a workgroup of lane_pair takes together, sharing their x; records: what y becomes is written as
     records as well, for the next product ("residual", and "swiglu" two groups side by side);
     scale, softcap (0: none): of the product, before it is stored or added: softcap * tanh(y * scale / softcap);
-    rope_pairing, head_dim: for "qkv";
+    rope_pairing, head_dim: for "qkv", and for "pairs": the same weights, for a product that is stored as it is;
     subgroup, subgroups: size and number of subgroups a workgroup of lane_chunk (lane_row: layout.lanes, one).
     """
 
@@ -54,7 +54,7 @@ class MatmulSpec:
     def __post_init__(self) -> None:
         if self.tile not in range(1, 17):
             raise KernelError(f"matmul with a tile of {self.tile} tokens", hint="expected 1 … 16")
-        if self.experts and (self.gather or self.epilogue in ("residual", "qkv")):
+        if self.experts and (self.gather or self.epilogue in ("residual", "qkv", "pairs")):
             raise KernelError(
                 f"experts with gather {self.gather}, {self.epilogue}", hint="expected no gather, and an epilogue that stores"
             )
@@ -76,13 +76,18 @@ class MatmulSpec:
             )
         if self.records and self.experts:
             raise KernelError("records of experts", hint="expected a dispatch of to_records behind them")
-        if self.epilogue == "qkv" and (self.head_dim < 4 or self.head_dim % 4):
-            raise KernelError(f"qkv with head_dim {self.head_dim}", hint="expected a multiple of 4")
+        if self.of_heads and (self.head_dim < 4 or self.head_dim % 4):
+            raise KernelError(f"{self.epilogue} with head_dim {self.head_dim}", hint="expected a multiple of 4")
 
     @property
     def paired(self) -> bool:
         """Does a lane hold its rows in pairs (see formats.row_order)?"""
-        return self.gated or self.epilogue == "qkv"
+        return self.gated or self.of_heads
+
+    @property
+    def of_heads(self) -> bool:
+        """Are the pairs those that RoPE turns?"""
+        return self.epilogue in ("qkv", "pairs")
 
     @property
     def gated(self) -> bool:
@@ -118,7 +123,7 @@ class MatmulSpec:
         parts = ["matmul", self.fmt.lower(), self.layout.kind, f"s{self.lanes}", f"r{self.layout.rows}", f"t{self.tile}"]
         parts += [] if self.on_lavapipe else [f"n{self.subgroups}"]
         parts += [word for word in ("norm", "bias", "gather", "large", "experts", "records") if getattr(self, word)]
-        parts += [self.epilogue] + ([f"{self.rope_pairing}{self.head_dim}"] if self.epilogue == "qkv" else [])
+        parts += [self.epilogue] + ([f"{self.rope_pairing}{self.head_dim}"] if self.of_heads else [])
         parts += [f"g{self.side_by_side}"] if self.side_by_side > 1 else []
         parts += [f"scale{self.scale:.9g}"] if self.scale != 1.0 else []
         parts += [f"cap{self.softcap:.9g}"] if self.softcap else []
