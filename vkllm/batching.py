@@ -166,6 +166,7 @@ class _Stream:
     stop: StopMatcher
     ends: frozenset[int]
     embeds: bool = False
+    awaited: bool = True
     shown: frozenset[int] = frozenset()
     hidden_sum: NDArray[np.float64] | None = None
     row: Row | None = None
@@ -274,11 +275,13 @@ class BatchEngine:
         *,
         constraint: Constraint | None = None,
         embed: bool = False,
+        awaited: bool = True,
         shown: frozenset[int] = frozenset(),
         listener: Listener | None = None,
     ) -> Handle:
-        """Queue a request. `embed`: no text, but an embedding of the prompt. `shown`: control tokens that are to be part of the
-        text. `listener` gets the events in the worker thread and must be quick; without one they are queued.
+        """Queue a request. `embed`: no text, but an embedding of the prompt. `awaited`: somebody waits for each token, not only
+        for the last. `shown`: control tokens that are to be part of the text. `listener` gets the events in the worker thread
+        and must be quick; without one they are queued.
 
         Raises: RequestError, ContextTooLongError: as `LLMEngine.stream`; CapacityError: the queue is full, or the engine has
         failed or closes.
@@ -303,6 +306,7 @@ class BatchEngine:
             StopMatcher(params.stop),
             frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.tokenizer.eos_ids),
             embed,
+            awaited,
             shown,
         )
         if self.pacer is not None and self.pacer.batch_limit == 0:
@@ -346,7 +350,9 @@ class BatchEngine:
                 if stream.handle.progress.queue_s is None:
                     stream.handle.progress.queue_s = started - stream.submitted_s
             try:
-                self._step(chunks, self._drafts(chunks, limit))
+                drafts = self._drafts(chunks, limit)
+                if limit is not None or any(drafts) or not self._step_ahead(chunks):
+                    self._step(chunks, drafts)
             except Exception as error:  # the device is lost, or a bug of ours: nobody may wait for ever
                 self._fail(error)
             busy = time.perf_counter() - started
@@ -417,9 +423,35 @@ class BatchEngine:
                     assert stream.hidden_sum is not None
                     self._finish(stream, "stop", "", embedding=(stream.hidden_sum / len(stream.prompt_ids)).astype(np.float32))
                     continue
+                stream.n_drafted += len(draft)
+                self.stats.drafted_tokens += len(draft)
                 self._advance_by(stream, draft, output.tokens[rows], None if logits is None else logits[rows])
             except VkllmError as error:  # impossible sampling parameters, a broken grammar
                 self._end(stream, BatchEvent(error=error), "error")
+
+    def _step_ahead(self, chunks: list[Chunk]) -> bool:
+        """Run several steps in one submit. False where somebody waits for a token or a place, or logits must be looked at."""
+        chain, streams = self.engine.chain, [self._by_row[c.sequence] for c in chunks]
+        n_step = chain.multi_step
+        if n_step == 1 or self.scheduler.waiting or any(s.awaited or s.needs_logits for s in streams):
+            return False
+        if not all(s.ids and c.n_token == 1 and s.n_max - len(s.ids) >= n_step for s, c in zip(streams, chunks, strict=True)):
+            return False
+        if any(self.scheduler.reserve(c.sequence, n_step - 1) < n_step - 1 for c in chunks):
+            return False
+        spans = [Span(c.sequence.token_ids[c.start :], c.start, c.sequence.table, n_output=1) for c in chunks]
+        try:
+            found = chain.decode(Rows.of(*spans))
+        except OutOfDeviceMemoryError:
+            return False
+        if not len(found):
+            return False
+        self.scheduler.computed(chunks)
+        self.stats.steps += len(found)
+        self.stats.rows += found.size
+        for stream, tokens in zip(streams, found.T, strict=True):
+            self._advance_by(stream, tokens[:-1].tolist(), tokens, None, drafted=False)
+        return True
 
     def _retry(self, chunks: list[Chunk], drafts: list[list[int]], error: NonFiniteError | OutOfDeviceMemoryError) -> None:
         """A step failed. Without drafts it may run; else smaller ones, or each sequence alone."""
@@ -433,18 +465,19 @@ class BatchEngine:
         else:
             self._end(self._by_row[chunks[0].sequence], BatchEvent(error=error), "error")
 
-    def _advance_by(self, stream: _Stream, draft: list[int], greedy: NDArray[np.uint32], logits: Logits | None) -> None:
-        """The tokens that a step's rows of a stream give: one more than drafted ones are right. Only those count as computed."""
+    def _advance_by(
+        self, stream: _Stream, ahead: list[int], greedy: NDArray[np.uint32], logits: Logits | None, drafted: bool = True
+    ) -> None:
+        """The tokens that rows of a stream give, where those behind the first begin with `ahead`: one more than of these are
+        right. Only right ones count as computed, and as accepted where they were `drafted`."""
         row = stream.row
         assert row is not None
-        stream.n_drafted += len(draft)
-        self.stats.drafted_tokens += len(draft)
-        for i, drafted in enumerate([*draft, None]):
+        for i, begun in enumerate([*ahead, None]):
             self._advance(stream, int(greedy[i]), None if logits is None else logits[i])
-            if stream.handle not in self._streams or row.token_ids[-1] != drafted:
+            if stream.handle not in self._streams or row.token_ids[-1] != begun:
                 return
-            stream.n_accepted += 1
-            self.stats.accepted_tokens += 1
+            stream.n_accepted += drafted
+            self.stats.accepted_tokens += drafted
             self.scheduler.computed([Chunk(row, row.n_computed, 1, samples=True)])
 
     def _shrink(self, chunks: list[Chunk], error: OutOfDeviceMemoryError) -> None:

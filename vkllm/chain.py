@@ -125,7 +125,7 @@ class ModelChain:
             f"{fitted.needed / 2**20:.0f} MiB needed, {available / 2**20:.0f} MiB free; KV cache of {self.cache_tokens} tokens",
         )
         self._buffers: dict[str, Buffer] = {}
-        self._recorded: dict[tuple[int, int, bool], Recorded] = {}
+        self._recorded: dict[tuple[int, int, bool, int], Recorded] = {}
         padded = self._lower.zeroed()
         for name, nbytes in self._lower.buffer_bytes(self.n_block).items():
             self._buffers[name] = self._zeroed(name, nbytes) if name in padded else self._buffer(name, nbytes)
@@ -169,6 +169,33 @@ class ModelChain:
             self._name_non_finite(rows)
         return output
 
+    @property
+    def multi_step(self) -> int:
+        """How many steps `decode` does in one submit."""
+        return self._lower.multi_step
+
+    def decode(self, rows: Rows) -> NDArray[np.uint32]:
+        """Greedy steps one after another in one submit, each row's token beginning the next: u32 [n, n_row], n ≤ `multi_step`.
+
+        All rows want logits, and their block tables reach `multi_step` positions ahead. Steps from the first on that gave NaN
+        or infinity are left out: `forward` names the op. Raises: DeviceLostError.
+        """
+        n_row, n_recorded = len(rows.token_ids), len(self._recorded)
+        recorded = self._record(self._bucket(n_row), self._bucket(n_row), watched=False, n_step=self.multi_step)
+        self._write_params(recorded, rows)
+        for recording in recorded.recordings:
+            recording.run()
+        self._trim(n_recorded)
+        greedy = self._buffers["argmax"].read(self.multi_step * recorded.capacity * 16, dtype=np.uint32)
+        found = greedy.reshape(self.multi_step, recorded.capacity, 4)[:, :n_row]
+        bad = np.flatnonzero(found[..., 2].any(axis=1))
+        return found[: bad[0] if bad.size else self.multi_step, :, 0].copy()
+
+    def _trim(self, n_recorded: int) -> None:
+        """Give memory back where there were only so many recordings before: drivers compile a kernel when it first runs."""
+        if len(self._recorded) > n_recorded:
+            self.device.trim()
+
     def _replay(self, rows: Rows, watch: Watch | None) -> Output:
         n_row, n_out = len(rows.token_ids), len(rows.output_rows)
         capacity, n_recorded = self._bucket(n_row), len(self._recorded)
@@ -181,8 +208,7 @@ class ModelChain:
             if watch is not None and (name := self._lower.output_of(op := recorded.dispatches(i)[-1].op)) is not None:
                 buffer = self.graph.buffers[name]
                 watch(op, self._rows_of(name, n_out if buffer.per_output else n_row * buffer.rows_per_token))
-        if len(self._recorded) > n_recorded:  # drivers compile a kernel when it first runs
-            self.device.trim()
+        self._trim(n_recorded)
         greedy = self._buffers["argmax"].read(n_out * 16, dtype=np.uint32).reshape(n_out, 4)
         return Output(greedy[:, 0], greedy[:, 2], lambda: self._rows_of(self.graph.logits, n_out))
 
@@ -241,16 +267,19 @@ class ModelChain:
         recorded.params.write(params.reshape(-1))
         self._buffers["block_table"].write(rows.blocks)
 
-    def _record(self, capacity: int, n_out: int, watched: bool) -> Recorded:
-        """The recording of a bucket; made at its first use. `watched`: cut after every op."""
-        key = (capacity, n_out, watched)
+    def _record(self, capacity: int, n_out: int, watched: bool, n_step: int = 1) -> Recorded:
+        """The recording of a bucket; made at its first use. `watched`: cut after every op; `n_step`: steps behind one another."""
+        key = (capacity, n_out, watched, n_step)
         if key not in self._recorded:
-            self._recorded[key] = self._make_recording(capacity, n_out, watched)
+            self._recorded[key] = self._make_recording(*key)
         return self._recorded[key]
 
-    def _make_recording(self, capacity: int, n_out: int, watched: bool) -> Recorded:
+    def _make_recording(self, capacity: int, n_out: int, watched: bool, n_step: int) -> Recorded:
         params = self._zeroed("params", 6 * capacity * 4)
-        dispatches = [d for op in self.graph.ops for d in self._lower.dispatches(op, capacity, n_out)]
+        if n_step > 1:
+            dispatches = self._lower.steps(capacity, n_step)
+        else:
+            dispatches = [d for op in self.graph.ops for d in self._lower.dispatches(op, capacity, n_out)]
         if watched:
             names = list(dict.fromkeys(d.op for d in dispatches))
             runs = [order(d for d in dispatches if d.op == name) for name in names]

@@ -19,6 +19,7 @@ CacheType = Literal["f16", "q8_0"]
 Speculate = Literal["auto", "off"] | int
 
 MAX_DRAFT = 15
+MAX_STEPS = 64
 """Most tokens that speculation drafts for a step."""
 
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256, 512)
@@ -358,6 +359,7 @@ class RuntimeConfig:
     `activations`: "int8" quantizes them before matrix products, "auto" where that is faster. `submit_ms`: about how long one
     submit may run: drivers kill work that takes seconds, and pacing acts between submits. `schedule`: how kernels share work
     over lanes, by default what suits the kind of device (KERNELS: "lane_row" CPUs, "lane_chunk" GPUs).
+    `multi_step`: decode steps in one submit when nobody waits for a token; "auto": 8 on GPUs, 1 on CPUs.
     `weight_cache`: keep packed weights on disk, beside the pipelines, so that the next load maps them.
     """
 
@@ -373,6 +375,7 @@ class RuntimeConfig:
     block_size: int = 32
     submit_ms: float = 100.0
     speculate: Speculate = "auto"
+    multi_step: int | Literal["auto"] = "auto"
     progress: bool = False
     weight_cache: bool = True
 
@@ -383,6 +386,8 @@ class RuntimeConfig:
             raise ConfigError(f"cache_type is {self.cache_type!r}", hint="choose f16 or q8_0")
         if self.speculate not in ("auto", "off", *range(1, MAX_DRAFT + 1)) or isinstance(self.speculate, bool):
             raise ConfigError(f"speculate is {self.speculate!r}", hint=f"choose auto, off or 1 to {MAX_DRAFT} tokens")
+        if self.multi_step != "auto" and (self.multi_step not in range(1, MAX_STEPS + 1) or isinstance(self.multi_step, bool)):
+            raise ConfigError(f"multi_step is {self.multi_step!r}", hint=f"choose auto, or 1 to {MAX_STEPS} steps")
         if not 0 < self.memory_share <= 1:
             raise ConfigError(f"memory_share is {self.memory_share!r}; expected a number up to 1", hint="leave it out for 0.9")
         if self.schedule not in get_args(Schedule):

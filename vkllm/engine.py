@@ -84,6 +84,7 @@ class _Generation:
     sampler: Sampler
     ids: list[int] = field(default_factory=list)
     speculator: Speculator | None = None
+    awaited: bool = True  # does somebody wait for each token?
     n_cached: int = 0
     n_drafted: int = 0
     n_accepted: int = 0
@@ -166,7 +167,7 @@ class LLMEngine:
     def generate_result(self, prompt: Prompt, params: SamplingParams | None = None) -> GenerationResult:
         """As `generate`, with token ids, finish reason, usage and timings."""
         result = None
-        for event in self.stream(prompt, params):
+        for event in self._start(prompt, params, awaited=False):
             result = event.result
         assert result is not None
         return result
@@ -178,6 +179,9 @@ class LLMEngine:
         cache. For speed with many sequences there is the batch engine, which also reports `logprobs`; this one does not.
         Raises: RequestError: an empty prompt or invalid sampling parameters; ContextTooLongError: it does not fit.
         """
+        return self._start(prompt, params, awaited=True)
+
+    def _start(self, prompt: Prompt, params: SamplingParams | None, awaited: bool) -> Iterator[StreamEvent]:
         self._check_open()
         params = params or SamplingParams()
         if not isinstance(prompt, str | Sequence | np.ndarray) or isinstance(prompt, bytes):
@@ -186,19 +190,18 @@ class LLMEngine:
         self.check_prompt(prompt_ids)
         limit = self.n_ctx - len(prompt_ids)
         n_max = limit if params.max_tokens is None else min(params.max_tokens, limit)
-        return self._run(prompt_ids, params, n_max)
-
-    def _run(self, prompt_ids: list[int], params: SamplingParams, n_max: int) -> Iterator[StreamEvent]:
         ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.tokenizer.eos_ids)
-        g = _Generation(prompt_ids, n_max, ends, Sampler(params))
-        decoder, stop = self.tokenizer.stream(prompt_ids), StopMatcher(params.stop)
+        return self._run(_Generation(prompt_ids, n_max, ends, Sampler(params), awaited=awaited), params)
+
+    def _run(self, g: _Generation, params: SamplingParams) -> Iterator[StreamEvent]:
+        decoder, stop = self.tokenizer.stream(g.prompt_ids), StopMatcher(params.stop)
         pieces: list[str] = []
         started = first_token = time.perf_counter()
         reason = "length"
         for token in self._tokens(g):
             if not g.ids:
                 first_token = time.perf_counter()
-            if token in ends:
+            if token in g.ends:
                 reason = "stop"
                 break
             g.ids.append(token)
@@ -332,15 +335,28 @@ class LLMEngine:
             if self._owner is not g.sampler:
                 chosen = [self._first_token(g.prompt_ids + g.ids, g.sampler)[0]]
             else:
-                output, draft = self._decode(g.ids[-1], self._draft(g))
-                chosen = self._choose_after(g, output, draft)
+                draft = self._draft(g)
+                chosen = [] if draft else self._decode_ahead(g)
+                if not chosen:
+                    output, draft = self._decode(g.ids[-1], draft)
+                    chosen = self._choose_after(g, output, draft)
+                    g.n_drafted += len(draft)
+                    g.n_accepted += len(chosen) - 1
                 self._cached += [g.ids[-1], *chosen[:-1]]
-                g.n_drafted += len(draft)
-                g.n_accepted += len(chosen) - 1
         if g.speculator is not None:
             for token in chosen:
                 g.speculator.push(token)
         return chosen
+
+    def _decode_ahead(self, g: _Generation) -> list[int]:
+        """The tokens of several steps in one submit, up to one that ends the text; none where they cannot be chosen so."""
+        n_step = self.chain.multi_step
+        if g.awaited or n_step == 1 or not g.sampler.is_greedy or g.room + 1 < n_step:
+            return []
+        position = len(self._cached)
+        self._pool.extend(self._table, position + n_step)
+        found: list[int] = self.chain.decode(Rows.of(Span([g.ids[-1]], position, self._table, n_output=1)))[:, 0].tolist()
+        return found[: next((i + 1 for i, token in enumerate(found) if token in g.ends), len(found))]
 
     def _choose_after(self, g: _Generation, output: Output, draft: list[int]) -> list[int]:
         """A token from each row, in order, up to the first that is not the drafted one or ends the text: whatever is drafted, it

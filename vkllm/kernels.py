@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 from typing import Literal
 
@@ -60,6 +61,7 @@ from vkllm_shaders.sample import SampleSpec, argmax, top_k
 from vkllm_shaders.to_records import to_records
 
 SMALL_MODEL_BYTES = 64 << 20
+MULTI_STEP = 8  # decode steps in one submit of a GPU, where a step takes little longer than a submit
 ROW_ALIGN = 64  # floats: rows of activations are padded to whole steps of the matrix kernels
 TEXEL_FORMATS: dict[object, TexelFormat] = {u32: "r32ui", f32: "r32f", u32x4: "rgba32ui", f32x4: "rgba32f"}
 
@@ -95,6 +97,7 @@ class Lowering:
         lane_row = device.kind == "cpu" if runtime.schedule == "auto" else runtime.schedule == "lane_row"
         self.graph, self.runtime, self.n_ctx = graph, runtime, n_ctx
         self.capacity = max(runtime.prefill_chunk, runtime.n_seq)
+        self.multi_step = (1 if device.kind == "cpu" else MULTI_STEP) if runtime.multi_step == "auto" else runtime.multi_step
         self.lanes = limits.subgroup_size
         self._types = {part.weight: device_type(file.tensors[part.weight].type) for part in graph.parts()}
         self._choices = tuned(device, product_shapes(graph, self._types), lane_row)
@@ -102,6 +105,7 @@ class Lowering:
         self.layout = Layout("lane_row", self.lanes, rows) if lane_row else Layout("lane_chunk", 1, rows)
         self._limits, self._rate = limits, RATES.get(device.kind, DISCRETE_RATE)
         self._kernels = KernelCache()
+        self._row_order = cache(row_order)  # layers share them
 
         # Whether QKV products can turn heads and fill the cache themselves; norms of heads always take a dispatch of their own.
         self.fuses_heads = runtime.cache_type == "f16" and c.rope_dim == c.head_dim
@@ -174,7 +178,7 @@ class Lowering:
         return sizes | {
             "block_table": self.runtime.n_seq * -(-self.n_ctx // self.runtime.block_size) * 4,  # shared blocks count for each
             "candidates": self._sample.candidates_nbytes(n, c.n_vocab),
-            "argmax": n * 16,
+            "argmax": n * 16 * self.multi_step,
         }
 
     def zeroed(self) -> set[str]:
@@ -229,7 +233,7 @@ class Lowering:
     def _matrix(self, parts: tuple[Part, ...], epilogue: str) -> Matrix:
         c, fmt = self.graph.config, self._types[parts[0].weight]
         layout = self._choices.layout(fmt, self.layout.kind == "lane_row", self.lanes, self.activations == "int8")
-        order = row_order(epilogue, layout, [p.n_row for p in parts], c.head_dim, c.rope_pairing)
+        order = self._row_order(epilogue, layout, tuple(p.n_row for p in parts), c.head_dim, c.rope_pairing)
         return Matrix.of(parts, fmt, layout, order)
 
     # -- dispatches -----------------------------------------------------------------------------------------------------------
@@ -253,6 +257,12 @@ class Lowering:
         if isinstance(op, Combine):
             return [self._combine(op, n_row)]
         return self._greedy(op, n_out) if n_out else []
+
+    def steps(self, n_row: int, n_step: int) -> list[Dispatch]:
+        """The dispatches of decode steps one after another, in which the greedy token of each row begins the next step."""
+        once = [d for op in self.graph.ops if not isinstance(op, Argmax) for d in self.dispatches(op, n_row, n_row)]
+        (greedy,) = (op for op in self.graph.ops if isinstance(op, Argmax))
+        return [d for i in range(n_step) for d in (*once, *self._greedy(greedy, n_row, i, n_step))]
 
     def output_of(self, op_name: str) -> str | None:
         """The row buffer that an op writes; None for the greedy choice."""
@@ -557,7 +567,8 @@ class Lowering:
             self._make(op, merge, merging, counts, (c.n_head, n_row, 1), 10.0),
         ]
 
-    def _greedy(self, op: Argmax, n_out: int) -> list[Dispatch]:
+    def _greedy(self, op: Argmax, n_out: int, step: int = 0, n_step: int = 1) -> list[Dispatch]:
+        """The greedy tokens of a step; of the first of several also the rows of the next one."""
         n_vocab = self.graph.config.n_vocab
         n_segment = self._sample.n_segment(n_vocab)
         find = self._make(
@@ -570,9 +581,16 @@ class Lowering:
         )
         merge = self._make(
             op,
-            self._kernels.get(argmax, self._sample),
-            {"candidates": "candidates", "result": "argmax"},
-            {"n_segment": n_segment},
+            self._kernels.get(argmax, self._sample, n_step > 1),
+            {"candidates": "candidates", "result": "argmax", "block_table": "block_table", "params": "params"},
+            {
+                "n_segment": n_segment,
+                "first_row": step * n_out,
+                "capacity": n_out,
+                "block_size": self.runtime.block_size,
+                "n_kv_head": self.graph.config.n_kv_head,
+                "more": int(step + 1 < n_step),
+            },
             (n_out, 1, 1),
             10.0,
         )

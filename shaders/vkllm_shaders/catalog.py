@@ -189,3 +189,4 @@ def _sample(row_lanes: int, chunk_lanes: int) -> Iterator[Entry]:
     for spec in dict.fromkeys((SampleSpec(lanes=row_lanes), SampleSpec(k=40, lanes=row_lanes), SampleSpec(lanes=chunk_lanes))):
         yield f"top_k_{spec.k}_s{spec.lanes}", partial(sample.top_k, spec)
         yield f"argmax_{spec.k}_s{spec.lanes}", partial(sample.argmax, spec)
+    yield "argmax_follow", partial(sample.argmax, SampleSpec(lanes=row_lanes), follow=True)

@@ -11,11 +11,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from vkllm_codegen import Block, Buffer, Kernel, Value, Var, boolean, f32, f32x4, kernel, read, texel, u32, write
+from vkllm_codegen import (
+    Block,
+    Buffer,
+    Kernel,
+    Value,
+    Var,
+    boolean,
+    f32,
+    f32x4,
+    kernel,
+    read,
+    readwrite,
+    texel,
+    trace,
+    u32,
+    write,
+)
 from vkllm_shaders.reference import NO_ID
 
 MINUS_INFINITY = 0xFF800000
 EXPONENT = 0x7F800000
+NO_SLOT = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -115,31 +132,45 @@ def top_k(spec: SampleSpec) -> Kernel:
 
 
 @cache
-def argmax(spec: SampleSpec) -> Kernel:
+def argmax(spec: SampleSpec, follow: bool = False) -> Kernel:
     """candidates of `top_k(spec)` → result u32 [n_row, 4]: id, bits of its value, non-finite values, 0. Dispatch: (n_row, 1, 1).
 
-    Push: n_segment.
+    `follow`: the next step is recorded behind this one and begins with these ids, so that its rows are made here: the tables
+    of `params` u32 [5, capacity] are brought up to date (token ids, positions, cache rows of KV head 0, lengths, table starts;
+    rows without a cache row stay as they are), where the push constant `more` is not zero.
+    Bindings: candidates, result, with follow: block_table, params. Push: n_segment, with follow: first_row (of result),
+        capacity, block_size, n_kv_head, more.
     """
     stride = 2 * spec.k + 2
+    bindings = {"candidates": read(u32), "result": write(u32)}
+    bindings |= {"block_table": texel(u32), "params": readwrite(u32)} if follow else {}
+    push = ["n_segment"] + ["first_row", "capacity", "block_size", "n_kv_head", "more"] * follow
 
-    @kernel(
-        candidates=read(u32),
-        result=write(u32),
-        push={"n_segment": u32},
-        local_size=spec.lanes,
-        name=f"argmax_k{spec.k}_s{spec.lanes}",
-    )
-    def body(b: Block, candidates: Buffer, result: Buffer, *, n_segment: Value) -> None:
-        row, lane = b.workgroup_id(0), b.local_id(0)
+    def body(b: Block, bufs: dict[str, Buffer], push: dict[str, Value]) -> None:
+        row, lane, candidates = b.workgroup_id(0), b.local_id(0), bufs["candidates"]
         best, bad = _Best.fresh(b), b.var(u32, 0)
-        with b.range(lane, n_segment, step=spec.lanes) as segment:
-            place = (row * n_segment + segment) * stride
+        with b.range(lane, push["n_segment"], step=spec.lanes) as segment:
+            place = (row * push["n_segment"] + segment) * stride
             best.offer(b, b.const(boolean, True), candidates[place + 1].bitcast(f32), candidates[place])
             bad.set(bad.get() + candidates[place + 2 * spec.k])
         value, id = best.over_lanes(b)
         count = b.subgroup_add(bad.get())
         with b.when(lane == 0):
+            at = row + push["first_row"] if follow else row
             for i, word in enumerate([id, value.bitcast(u32), count, b.const(u32, 0)]):
-                result[row * 4 + i] = word
+                bufs["result"][at * 4 + i] = word
+            if follow:
+                _begin_next(b, bufs, push, row, id)
 
-    return body
+    return trace(f"argmax_k{spec.k}_s{spec.lanes}" + "_follow" * follow, bindings, dict.fromkeys(push, u32), {}, spec.lanes, body)
+
+
+def _begin_next(b: Block, bufs: dict[str, Buffer], push: dict[str, Value], row: Value, id: Value) -> None:
+    """Move a row of `params` to the position behind it, where the token `id` is to be read."""
+    params, capacity, size = bufs["params"], push["capacity"], push["block_size"]
+    with b.when((push["more"] != 0) & (params[capacity * 2 + row] != NO_SLOT)):
+        position = params[capacity + row] + 1
+        block = bufs["block_table"][params[capacity * 4 + row] + position // size]
+        rows = [b.select(id == NO_ID, 0, id), position, block * push["n_kv_head"] * size + position % size, position + 1]
+        for i, word in enumerate(rows):
+            params[capacity * i + row] = word

@@ -18,7 +18,7 @@ PUSH = {
     "y_stride": 64, "n_head": 14, "n_kv_head": 2, "n_vocab": 5003, "n_segment": 2, "n_split": 2, "n_share": 1,
     "n_texel": 50, "n_tile": 8, "window": 4, "eps": 1e-5, "squares_stride": 4, "y_squares_stride": 4,
     "n_chunk_2": 2, "n_group_2": 2, "n_row_2": 16, "first_row_2": 16, "n_first": 1,
-    "block_size": 4,
+    "block_size": 4, "more": 1,
 }  # fmt: skip
 SIZE = 1 << 19
 """Bytes of every buffer: more than the push constants above reach."""

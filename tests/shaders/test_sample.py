@@ -52,6 +52,37 @@ def check(logits: Any, spec: SampleSpec, **options: Any) -> None:
     check_kernel(sample.argmax(spec), {"result": best}, buffers, {"n_segment": n_segment}, groups=(n_row, 1, 1), **options)
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_argmax_makes_the_rows_of_the_next_step(more: int) -> None:
+    """Three rows of four, the last without a cache row; one moves to the next block, one has only bad logits."""
+    spec, capacity, block_size, n_kv_head = SampleSpec(lanes=lanes()), 4, 8, 3
+    candidates = np.zeros((capacity, 2, 2, 2), np.uint32)
+    candidates[:, :, 0] = words([[5, 9], [reference.NO_ID] * 2, [7, 3], [1, 2]], [[1.0, 2.0], [-np.inf] * 2, [4.0, 4.0], [0, -1]])
+    candidates[1, :, 1, 0] = 20, 22
+    table = np.array([6, 2, 0, 5, 3], np.uint32)
+    params = np.zeros((6, capacity), np.uint32)
+    params[1] = 7, 9, 12, 0  # positions; the first is the last of its block
+    params[4] = 0, 2, 3, 0  # where a row's table begins
+    params[2] = [(table[start + p // 8] * n_kv_head) * 8 + p % 8 for start, p in zip(params[4], params[1], strict=True)]
+    params[2, 3] = sample.NO_SLOT
+    params[3] = params[1] + 1
+    wanted = params.copy()
+    if more:
+        wanted[0, :3] = 9, 0, 3  # the best; none: any; of equals the lowest
+        wanted[1, :3] = 8, 10, 13
+        wanted[2, :3] = 2 * n_kv_head * 8, 5 * n_kv_head * 8 + 2, 3 * n_kv_head * 8 + 5
+        wanted[3, :3] = 9, 11, 14
+    result = np.full((3 * capacity, 4), 77, np.uint32)
+    told = result.copy()
+    told[capacity : 2 * capacity, 0] = 9, reference.NO_ID, 3, 1
+    told[capacity : 2 * capacity, 1] = np.array([2.0, -np.inf, 4.0, 0.0], np.float32).view(np.uint32)
+    told[capacity : 2 * capacity, 2:] = [[0, 0], [42, 0], [0, 0], [0, 0]]
+    push = {"n_segment": 2, "first_row": capacity, "capacity": capacity, "block_size": block_size, "n_kv_head": n_kv_head}
+    buffers = {"candidates": candidates, "result": result, "block_table": table, "params": params}
+    expected = {"result": told, "params": wanted}
+    check_kernel(sample.argmax(spec, follow=True), expected, buffers, push | {"more": more}, groups=(capacity, 1, 1))
+
+
 KINDS = ["normal", "ties", "some bad", "all bad", "negative", "one bad at the end"]
 
 

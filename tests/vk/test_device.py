@@ -151,6 +151,7 @@ def test_many_dispatches_need_many_descriptor_pools(device: Device) -> None:
     r = device.recording()
     for _ in range(200):
         r.dispatch(p, [Binding(y)], (1, 1, 1), struct.pack("<I", 0))
+        r.barrier()
     r.run()
     assert not y.read().any()
 

@@ -41,7 +41,7 @@ async def begin(host: ModelHost, call: Call, asked: Asked | EmbeddingRequest, re
     else:
         call.note_text(prompt=asked.said())
         jobs = await asyncio.to_thread(served.jobs, asked)
-    call.run = Run(served.batch, jobs, request)
+    call.run = Run(served.batch, jobs, request, awaited=bool(getattr(asked, "stream", False)))
     call.stack.callback(call.run.close)
     return served, call.run
 

@@ -40,10 +40,17 @@ class SlowClientError(VkllmError):
 
 
 class Run:
-    """The jobs of one request in the engine. Ends all of them when it is closed. `max_unread`: as MAX_UNREAD."""
+    """The jobs of one request in the engine. Ends all of them when it is closed. `awaited`: as BatchEngine.submit has it;
+    `max_unread`: as MAX_UNREAD."""
 
     def __init__(
-        self, batch: BatchEngine, jobs: Sequence[Job], request: Request | None = None, *, max_unread: int = MAX_UNREAD
+        self,
+        batch: BatchEngine,
+        jobs: Sequence[Job],
+        request: Request | None = None,
+        *,
+        awaited: bool = True,
+        max_unread: int = MAX_UNREAD,
     ) -> None:
         self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, BatchEvent | None]]()
         self.results: list[GenerationResult | None] = [None] * len(jobs)
@@ -52,7 +59,12 @@ class Run:
         self._watcher: asyncio.Task[None] | None = None
         try:
             for i, job in enumerate(jobs):
-                options: dict[str, Any] = {"constraint": job.constraint, "embed": job.embeds, "shown": job.shown}
+                options: dict[str, Any] = {
+                    "constraint": job.constraint,
+                    "embed": job.embeds,
+                    "shown": job.shown,
+                    "awaited": awaited,
+                }
                 self._handles.append(batch.submit(job.ids, job.params, **options, listener=partial(self._put, i)))
         except BaseException:
             self.close()
