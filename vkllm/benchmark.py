@@ -139,7 +139,7 @@ def _prefill_rate(engine: LLMEngine, prompt: list[int]) -> float:
 def _by_depth(engine: LLMEngine, depth: int, turns: int) -> tuple[float, float, float]:
     """Tokens per second of a prefill of `depth` tokens, of decode after SHALLOW and of decode after `depth` tokens: of the
     median step. The two depths take turns of TURN steps, so that what else the machine does hits both."""
-    chunk, n = engine.runtime.prefill_chunk, max(depth, SHALLOW)
+    chunk, n = engine.chain.prefill_chunk, max(depth, SHALLOW)
     ids = [int(i) for i in np.random.default_rng(2).integers(0, engine.config.n_vocab, n)]
     times: dict[int, list[float]] = {SHALLOW: [], depth: []}
     with engine.scratch_sequence(n + TURN) as table:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vkllm import debug
 from vkllm.config import RuntimeConfig
-from vkllm.errors import NonFiniteError
+from vkllm.errors import NonFiniteError, RequestError
 from vkllm.files.model_file import ModelFile
 from vkllm.kernels import texel_format
 from vkllm.kv_cache import BlockTable, first_rows
@@ -114,7 +114,8 @@ class ModelChain:
         available, _ = device.memory_budget()
         fitted = fit(graph, file, device.info, runtime, available)
         self._lower, self.n_block, self.n_ctx = fitted.lower, fitted.n_block, fitted.lower.n_ctx
-        self.capacity = self._lower.capacity
+        self.capacity, self.max_output = self._lower.capacity, self._lower.max_output
+        self.prefill_chunk = self._lower.prefill_chunk
         self.activations = self._lower.activations
         multiplied = [part for op in graph.ops if isinstance(op, Linear | Qkv | ExpertLinear) for part in op.parts]
         used = graph.config.n_expert_used
@@ -198,8 +199,11 @@ class ModelChain:
 
     def _replay(self, rows: Rows, watch: Watch | None) -> Output:
         n_row, n_out = len(rows.token_ids), len(rows.output_rows)
+        if n_out > self.max_output:
+            raise RequestError(f"logits of {n_out} rows in one step", hint=f"ask for {self.max_output} at most, in smaller steps")
         capacity, n_recorded = self._bucket(n_row), len(self._recorded)
-        recorded = self._record(capacity, min(self._bucket(n_out), capacity) if n_out else 0, watched=watch is not None)
+        most = min(capacity, self.max_output)
+        recorded = self._record(capacity, min(self._bucket(n_out), most), watched=watch is not None)
         self._write_params(recorded, rows)
         for i, recording in enumerate(recorded.recordings):
             recording.run()

@@ -355,9 +355,9 @@ class RuntimeConfig:
 
     `cache_tokens`: positions of the KV cache, of all sequences together; None: `n_ctx` for each of the `n_seq`, or as many as fit
     into `memory_share` of the device's free memory. `cache_type`: how keys and values are kept; "q8_0" takes 9/16 of "f16".
-    `prefill_chunk`: prompt tokens in one replayed recording. `block_size`: KV-cache positions in a block.
-    `activations`: "int8" quantizes them before matrix products, "auto" where that is faster. `submit_ms`: about how long one
-    submit may run: drivers kill work that takes seconds, and pacing acts between submits. `schedule`: how kernels share work
+    `prefill_chunk`: prompt tokens in one replayed recording; None: 64 on CPUs, 512 on GPUs. `block_size`: KV-cache positions in
+    a block. `activations`: "int8" quantizes them before matrix products, "auto" where that is faster. `submit_ms`: about how long
+    one submit may run: drivers kill work that takes seconds, and pacing acts between submits. `schedule`: how kernels share work
     over lanes, by default what suits the kind of device (KERNELS: "lane_row" CPUs, "lane_chunk" GPUs).
     `multi_step`: decode steps in one submit when nobody waits for a token; "auto": 8 on GPUs, 1 on CPUs.
     `weight_cache`: keep packed weights on disk, beside the pipelines, so that the next load maps them.
@@ -369,7 +369,7 @@ class RuntimeConfig:
     cache_type: CacheType = "f16"
     memory_share: float = 0.9
     schedule: Schedule = "auto"
-    prefill_chunk: int = 64
+    prefill_chunk: int | None = None
     n_seq: int = 1
     cache_tokens: int | None = None
     block_size: int = 32
@@ -394,7 +394,7 @@ class RuntimeConfig:
             raise ConfigError(f"schedule is {self.schedule!r}", hint="choose auto, lane_row or lane_chunk")
         for name in ("n_ctx", "prefill_chunk", "n_seq", "block_size", "cache_tokens"):
             value = getattr(self, name)
-            if value is None and name in ("n_ctx", "cache_tokens"):
+            if value is None and name in ("n_ctx", "prefill_chunk", "cache_tokens"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; expected a positive integer", hint=f"leave {name} out for the default")

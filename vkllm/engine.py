@@ -252,7 +252,7 @@ class LLMEngine:
     def logits(self, token_ids: Sequence[int], *, step: bool = False) -> NDArray[np.float32]:
         """Logits of every position, f32 [n_token, n_vocab]: from a prefill in chunks, or token by token (`step`)."""
         self.check_prompt(token_ids)
-        chunk = 1 if step else self.runtime.prefill_chunk
+        chunk = 1 if step else min(self.chain.prefill_chunk, self.chain.max_output)
         out = np.empty((len(token_ids), self.config.n_vocab), np.float32)
         with self.scratch_sequence(len(token_ids)) as table:
             for start in range(0, len(token_ids), chunk):
@@ -320,7 +320,7 @@ class LLMEngine:
             shared = _common_prefix(self._cached, prompt_ids[:-1])
             self._forget(shared)
             self._pool.extend(self._table, len(prompt_ids))
-            chunk, n = self.runtime.prefill_chunk, len(prompt_ids)
+            chunk, n = self.chain.prefill_chunk, len(prompt_ids)
             for start in range(shared, n, chunk):
                 part = prompt_ids[start : start + chunk]
                 output = self.chain.forward(Rows.of(Span(part, start, self._table, n_output=int(start + chunk >= n))))

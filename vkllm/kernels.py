@@ -62,6 +62,9 @@ from vkllm_shaders.to_records import to_records
 
 SMALL_MODEL_BYTES = 64 << 20
 MULTI_STEP = 8  # decode steps in one submit of a GPU, where a step takes little longer than a submit
+PREFILL_CPU, PREFILL_GPU = 64, 512  # tokens of a prompt in a step: of a CPU what fits its caches, of a GPU what fills it
+MAX_OUTPUT = 64  # rows of logits in a step, where there are not more sequences
+FILLING = 256  # workgroups of attention that keep a GPU busy without splits
 ROW_ALIGN = 64  # floats: rows of activations are padded to whole steps of the matrix kernels
 TEXEL_FORMATS: dict[object, TexelFormat] = {u32: "r32ui", f32: "r32f", u32x4: "rgba32ui", f32x4: "rgba32f"}
 
@@ -96,7 +99,9 @@ class Lowering:
         c, limits = graph.config, device.limits
         lane_row = device.kind == "cpu" if runtime.schedule == "auto" else runtime.schedule == "lane_row"
         self.graph, self.runtime, self.n_ctx = graph, runtime, n_ctx
-        self.capacity = max(runtime.prefill_chunk, runtime.n_seq)
+        self.prefill_chunk = runtime.prefill_chunk or (PREFILL_CPU if device.kind == "cpu" else PREFILL_GPU)
+        self.capacity = max(self.prefill_chunk, runtime.n_seq)
+        self.max_output = min(self.capacity, max(MAX_OUTPUT, runtime.n_seq))
         self.multi_step = (1 if device.kind == "cpu" else MULTI_STEP) if runtime.multi_step == "auto" else runtime.multi_step
         self.lanes = limits.subgroup_size
         self._types = {part.weight: device_type(file.tensors[part.weight].type) for part in graph.parts()}
@@ -157,14 +162,15 @@ class Lowering:
         """Every buffer but weights, vectors and parameters, with its size; the KV cache has `n_block` blocks."""
         c, n = self.graph.config, self.capacity
         sizes = {
-            name: (n * buffer.rows_per_token * self.stride(name) + ROW_ALIGN) * 4 for name, buffer in self.graph.buffers.items()
+            name: ((self.max_output if buffer.per_output else n * buffer.rows_per_token) * self.stride(name) + ROW_ALIGN) * 4
+            for name, buffer in self.graph.buffers.items()
         }
         for op in self.graph.ops:
             if isinstance(op, Qkv):
                 sizes |= dict.fromkeys((f"k.{op.layer}", f"v.{op.layer}"), n_block * self.block_nbytes)
                 sizes |= {} if self._fused(op, n) else {"qkv": (n * self.stride("qkv") + ROW_ALIGN) * 4}
         if self.n_split > 1:
-            sizes["partials"] = self._attention.scratch_nbytes(n, c.n_kv_head, self.n_split)
+            sizes["partials"] = self._attention.scratch_nbytes(min(n, -(-FILLING // c.n_kv_head)), c.n_kv_head, self.n_split)
         for op in self._readers():
             buffer, n_col = self.graph.buffers[op.x], op.parts[0].n_col
             n_x = n * buffer.rows_per_token
@@ -177,8 +183,8 @@ class Lowering:
         sizes |= dict.fromkeys(self.graph.ropes, self.n_ctx * c.rope_dim * 4)
         return sizes | {
             "block_table": self.runtime.n_seq * -(-self.n_ctx // self.runtime.block_size) * 4,  # shared blocks count for each
-            "candidates": self._sample.candidates_nbytes(n, c.n_vocab),
-            "argmax": n * 16 * self.multi_step,
+            "candidates": self._sample.candidates_nbytes(self.max_output, c.n_vocab),
+            "argmax": self.max_output * 16 * self.multi_step,
         }
 
     def zeroed(self) -> set[str]:
@@ -548,7 +554,7 @@ class Lowering:
         return self._make(op, self._kernels.get(rmsnorm_add), buffers, push, (n_row, 1, 1), 10.0 + n_row)
 
     def _attend(self, op: Attention, n_row: int) -> list[Dispatch]:
-        """One dispatch where rows and heads fill the device; on GPUs the positions are split as well, and merged by a second."""
+        """One dispatch where rows and heads fill the device; else the positions are split as well, and merged by a second."""
         told, more = self._writes(op, n_row)
         c = self.graph.config
         spec = replace(self._attention, windowed=bool(op.window), sinks=op.sinks is not None, records=bool(told))
@@ -556,7 +562,7 @@ class Lowering:
         buffers |= {"sinks": op.sinks} if op.sinks else {}
         push = {"n_token": n_row, "n_kv_head": c.n_kv_head, "window": op.window}
         cost_us = 2 * n_row * c.n_head * c.head_dim * min(op.window or self.n_ctx, self.n_ctx) / self._rate[1]
-        if self.n_split == 1:
+        if self.n_split == 1 or n_row * c.n_kv_head >= FILLING:
             kernel = self._kernels.get(direct, spec)
             return [self._make(op, kernel, buffers | told | {"out": op.y}, push | more, (1, c.n_kv_head, n_row), cost_us)]
         parts, merge = self._kernels.get(partial, spec), self._kernels.get(combine, spec)

@@ -307,7 +307,7 @@ def _prompt_ids(file: ModelFile, config: ModelConfig, prompt: str | None, depth:
 def _run(
     chain: ProfiledChain, ids: list[int], n_decode: int, sampler: Sampler, tell: Callable[[str], None]
 ) -> list[ProfiledStep]:
-    chunk, table = chain.runtime.prefill_chunk, BlockTable(chain.runtime.block_size)
+    chunk, table = chain.prefill_chunk, BlockTable(chain.runtime.block_size)
     BlockPool(chain.n_block, chain.runtime.block_size).extend(table, len(ids) + n_decode)
     steps: list[ProfiledStep] = []
     token = 0

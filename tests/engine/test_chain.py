@@ -9,7 +9,7 @@ import pytest
 
 from vkllm.chain import ModelChain, Rows, Span
 from vkllm.config import Activations, ModelConfig, RuntimeConfig
-from vkllm.errors import ConfigError, UnsupportedModelError
+from vkllm.errors import ConfigError, RequestError, UnsupportedModelError
 from vkllm.files import resolve_model
 from vkllm.files.gguf import GGUFFile
 from vkllm.kv_cache import BlockPool, BlockTable
@@ -43,6 +43,10 @@ class Recorder:
         """One step of n rows. The null device computes nothing: token 0 comes out."""
         self.chain.forward(Rows.of(Span([1] * n, start, self.table, n_output=1)))
 
+    def decode(self, start: int = 0) -> None:
+        """Several steps of one row in one submit."""
+        self.chain.decode(Rows.of(Span([1], start, self.table, n_output=1)))
+
     def commands(self) -> list[Command | HostRead]:
         """Everything recorded, in order of submission, and the host's look at the result; twice, as two replays in a row."""
         results = tuple(self.chain._buffers[name] for name in ("argmax", "logits"))
@@ -71,12 +75,17 @@ def tiny() -> Iterator[GGUFFile]:
 
 
 @pytest.mark.parametrize(("kind", "activations"), [("cpu", "f32"), ("cpu", "int8"), ("discrete", "f32")])
-@pytest.mark.parametrize("n_row", [1, 8])
+@pytest.mark.parametrize("n_row", [0, 1, 8])
 def test_no_hazard_is_unordered_and_no_barrier_is_superfluous(
     tiny: GGUFFile, kind: str, activations: Activations, n_row: int
 ) -> None:
-    recorder = Recorder(tiny, RuntimeConfig(n_ctx=256, submit_ms=1e9, activations=activations), kind, EIGHT_LANES)
-    recorder.forward(n_row)
+    """Of steps of so many rows; 0: of three of one row behind one another."""
+    runtime = RuntimeConfig(n_ctx=256, submit_ms=1e9, activations=activations, multi_step=3)
+    recorder = Recorder(tiny, runtime, kind, EIGHT_LANES)
+    if n_row:
+        recorder.forward(n_row)
+    else:
+        recorder.decode()
     commands, access = recorder.commands(), recorder.access()
 
     def hazards(some: list[Command | HostRead]) -> list[tuple[int, int]]:
@@ -109,10 +118,31 @@ def test_dispatches_a_layer(tiny: GGUFFile, activations: Activations) -> None:
     assert chain.dispatches_per_token == 5 * chain.graph.config.n_layer + 4
 
 
+def test_defaults_by_device(tiny: GGUFFile) -> None:
+    """A GPU reads longer prompts at once, its attention splits positions only where rows and heads do not fill it, and it does
+    several decode steps in a submit; no device keeps logits of whole prompts."""
+    cpu, gpu = (Recorder(tiny, RuntimeConfig(), kind).chain for kind in ("cpu", "discrete"))
+    assert (cpu.capacity, gpu.capacity) == (64, 512)
+    assert (cpu.multi_step, gpu.multi_step) == (1, 8)
+    assert cpu._buffers["logits"].nbytes == gpu._buffers["logits"].nbytes
+    attention = {n: [d.kernel.name for op in gpu.graph.ops for d in gpu._lower.dispatches(op, n, 0)] for n in (1, 512)}
+    assert any(name.startswith("attention_partial") for name in attention[1])
+    assert any(name.startswith("attention_direct") for name in attention[512])
+    assert not any(name.startswith("attention_partial") for name in attention[512])
+
+
+def test_too_many_logits_are_refused(tiny: GGUFFile) -> None:
+    chain, table = Recorder(tiny, RuntimeConfig(), "discrete").chain, BlockTable(32)
+    BlockPool(chain.n_block, 32).extend(table, 80)
+    with pytest.raises(RequestError, match="80 rows") as caught:
+        chain.forward(Rows.of(Span([1] * 80, 0, table, n_output=80)))
+    assert "64 at most" in caught.value.hint
+
+
 @pytest.mark.parametrize("kind", ["cpu", "discrete"])
 @pytest.mark.parametrize(
     "option, buffer",
-    [({"cache_tokens": 1 << 20}, "k.0"), ({"prefill_chunk": 1 << 15}, "ffn|logits"), ({"prefill_chunk": 1 << 16}, "65536 rows")],
+    [({"cache_tokens": 1 << 20}, "k.0"), ({"prefill_chunk": (1 << 16) - 1}, "ffn"), ({"prefill_chunk": 1 << 16}, "65536 rows")],
 )
 def test_what_no_binding_reaches_is_refused_before_loading(
     tiny: GGUFFile, kind: str, option: dict[str, int], buffer: str, monkeypatch: pytest.MonkeyPatch

@@ -177,7 +177,7 @@ def test_real_files(shared_data: Path) -> None:
     [
         *({"n_ctx": n} for n in (0, 2.0)),
         *({"block_size": n} for n in (12, 24, 1024)),
-        *({"prefill_chunk": n} for n in (-1, True, None)),
+        *({"prefill_chunk": n} for n in (-1, True, 0)),
         *({"submit_ms": ms} for ms in (0.0, float("nan"), "1")),
         {"activations": "f64"},
         {"schedule": "fast"},

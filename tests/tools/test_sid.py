@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CANNOT = 77
-TESTS = ("tests/shaders/test_gemm.py", "tests/vk/test_device.py", "tests/engine/test_formats_end_to_end.py")
+ENGINE = ("architectures", "gemm_prefill", "formats_end_to_end", "shapes", "multi_step")
+TESTS = ("tests/shaders/test_gemm.py", "tests/vk/test_device.py", *(f"tests/engine/test_{name}.py" for name in ENGINE))
 
 
 @pytest.mark.slow
