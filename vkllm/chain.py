@@ -20,6 +20,7 @@ from vkllm import debug
 from vkllm.config import RuntimeConfig
 from vkllm.errors import NonFiniteError, RequestError
 from vkllm.files.model_file import ModelFile
+from vkllm.kernel_cache import pipeline_of
 from vkllm.kernels import texel_format
 from vkllm.kv_cache import BlockTable, first_rows
 from vkllm.memory import fit
@@ -27,7 +28,7 @@ from vkllm.packing import load_weights
 from vkllm.plan import ExpertLinear, Graph, Linear, Qkv
 from vkllm.rope import rope_table
 from vkllm.schedule import Barrier, Dispatch, Step, cut, order
-from vkllm.vk import Binding, Buffer, Device, Pipeline, Recording
+from vkllm.vk import Binding, Buffer, Device, Recording
 from vkllm.weights import check_weights, vector, weight_bytes
 
 Watch = Callable[[str, NDArray[np.float32]], None]
@@ -291,7 +292,7 @@ class ModelChain:
             runs = cut(order(dispatches), self.runtime.submit_ms * 1000.0)
         first_uses = {id(d.kernel): d for d in dispatches}
         with ThreadPoolExecutor(os.cpu_count(), "compile") as pool:
-            for _ in pool.map(self._pipeline, first_uses.values()):
+            for _ in pool.map(lambda d: pipeline_of(self.device, d.kernel), first_uses.values()):
                 pass
         recordings = tuple(self._record_run(run, params) for run in runs)
         return Recorded(capacity, params, recordings, tuple(tuple(run) for run in runs))
@@ -311,24 +312,11 @@ class ModelChain:
                 Binding(params if name == "params" else self._buffers[name], format=texel_format(b))
                 for name, b in zip(step.buffers, step.kernel.bindings, strict=True)
             ]
-            recording.dispatch(self._pipeline(step), bindings, step.groups, step.push)
+            recording.dispatch(pipeline_of(self.device, step.kernel), bindings, step.groups, step.push)
             if timed:
                 recording.timestamp()
         recording.finish()
         return recording
-
-    def _pipeline(self, step: Dispatch) -> Pipeline:
-        """The compiled kernel. Kernels are written for one subgroup size: where the driver may choose, it is told."""
-        kernel, limits = step.kernel, self.device.limits
-        varies = limits.min_subgroup_size != limits.max_subgroup_size and "subgroup_size_control" in limits.features
-        return self.device.pipeline(
-            kernel.name,
-            kernel.code,
-            tuple(b.kind for b in kernel.bindings),
-            kernel.push_bytes,
-            required_subgroup_size=limits.subgroup_size if varies else None,
-            features=kernel.features,
-        )
 
     def _buffer(self, name: str, nbytes: int) -> Buffer:
         return self.device.buffer(nbytes, host=name in ("params", "block_table", "argmax"), name=name)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVarTuple
 import vkllm_codegen
 import vkllm_shaders
 from vkllm import debug
-from vkllm.vk import cache
+from vkllm.vk import Device, Pipeline, cache
 from vkllm_codegen import Binding, Kernel
 from vkllm_codegen.types import DType
 
@@ -68,7 +68,7 @@ class KernelCache:
         if key not in self._kernels:
             file = self.folder / _file_name(key)
             found = _load(file) if debug.LEVEL < debug.IR else None  # from there on every kernel is shown
-            self._kernels[key] = found or _save(file, self._shipped(file.name) or _compile(factory(*args)))
+            self._kernels[key] = found or _save(file, self._shipped(file.name) or compiled(factory(*args)))
         return self._kernels[key]
 
     def _shipped(self, name: str) -> CompiledKernel | None:
@@ -80,6 +80,23 @@ class KernelCache:
         from vkllm.kernel_archive import KernelArchive  # only a first start needs it
 
         return KernelArchive(self._archive_file, _version())
+
+
+def pipeline_of(device: Device, kernel: CompiledKernel) -> Pipeline:
+    """A kernel on a device. Kernels are written for one subgroup size: where the driver may choose, it is told.
+
+    Raises: as Device.pipeline.
+    """
+    limits = device.limits
+    varies = limits.min_subgroup_size != limits.max_subgroup_size and "subgroup_size_control" in limits.features
+    return device.pipeline(
+        kernel.name,
+        kernel.code,
+        tuple(b.kind for b in kernel.bindings),
+        kernel.push_bytes,
+        required_subgroup_size=limits.subgroup_size if varies else None,
+        features=kernel.features,
+    )
 
 
 def key_of(factory: Callable[[*Args], Kernel], *args: *Args) -> str:
@@ -108,7 +125,8 @@ def _file_name(key: str) -> str:
     return f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.kernel"
 
 
-def _compile(kernel: Kernel) -> CompiledKernel:
+def compiled(kernel: Kernel) -> CompiledKernel:
+    """A kernel's interface and SPIR-V, without any cache."""
     if debug.LEVEL >= debug.IR:
         debug.log(debug.IR, kernel.ir())
     if debug.LEVEL >= debug.SPIRV:

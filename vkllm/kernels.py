@@ -369,6 +369,8 @@ class Lowering:
         return self._make(op, kernel, product.buffers, product.push, groups, product.cost_us)
 
     def _gemm(self, spec: MatmulSpec, n_row: int) -> GemmSpec | None:
+        if self._choices.dequantize == "registers":
+            return None
         limits = self._limits
         shapes = limits.coop_shapes if {"coopmat", "memory_model"} <= limits.features else ()
         return fitted_gemm(spec, n_row, limits.max_shared_bytes, limits.max_workgroup_invocations, shapes)

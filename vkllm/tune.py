@@ -18,7 +18,8 @@ from vkllm.config import ModelConfig
 from vkllm.errors import VkllmError
 from vkllm.expand import device_type
 from vkllm.files.model_file import ModelFile
-from vkllm.kernels import texel_format
+from vkllm.kernel_cache import compiled, pipeline_of
+from vkllm.kernels import PREFILL_CPU, PREFILL_GPU, texel_format
 from vkllm.models import build_graph
 from vkllm.tuned import Choices, Shape, product_shapes
 from vkllm.vk import Binding, Buffer, Device
@@ -26,11 +27,12 @@ from vkllm_codegen import Kernel
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.attention import AttentionSpec, cache_row_nbytes, direct, partial
 from vkllm_shaders.formats import FORMATS, coded_of, packed_nbytes
+from vkllm_shaders.gemm import GemmSpec, fitted, gemm
 from vkllm_shaders.matmul import MatmulSpec, matmul
 from vkllm_shaders.records import LANES, n_group, record_nbytes
 
 MARGIN = 0.03  # a new choice must be faster by this share: less is noise
-N_DECODE, N_CHUNK, CHUNK = 64, 4, 64  # the request to make fast: 64 tokens after a prompt of 4 chunks of 64
+N_DECODE, N_PROMPT = 64, 256  # tokens of the request to make fast
 DEPTH = 4096
 COLD_BYTES = 96 << 20  # of distinct weights in one measurement, so that none is in a cache
 ONES = 0x3C  # fills weights and activations: finite, not denormal in any format
@@ -66,6 +68,7 @@ def axes(lane_row: bool, lanes: int) -> dict[str, tuple[object, ...]]:
     return {
         **({"activations": ("f32", "int8")} if integers else {}),
         "rows": (2, 4, 8),
+        **({} if lane_row else {"dequantize": ("shared", "registers")}),
         "tile": (4, 8, 16) if integers else (2, 4),
         **({"side_by_side": (1, 2, 4)} if integers and lane_row else {}),
         **({"attention_tile": (0, 2 * lanes)} if lane_row else {"split": (256, 512, 1024)}),
@@ -135,6 +138,7 @@ class DeviceTimer:
     def __init__(self, device: Device, config: ModelConfig, shapes: Mapping[Shape, int], lane_row: bool) -> None:
         self._device, self._config, self._shapes, self._lane_row = device, config, shapes, lane_row
         self._lanes = device.limits.subgroup_size
+        self._chunk = PREFILL_CPU if lane_row else PREFILL_GPU
         self._known: dict[object, float] = {}
 
     def __call__(self, choices: Choices, axis: str) -> float:
@@ -143,10 +147,10 @@ class DeviceTimer:
         return sum(count * self._product(shape, choices, axis) for shape, count in self._shapes.items())
 
     def _product(self, shape: Shape, choices: Choices, axis: str) -> float:
-        """A matrix in a whole request; a tile of tokens concerns prefill alone, row groups side by side decode alone."""
-        decode = 0.0 if axis == "tile" else N_DECODE * self._matmul(shape, choices, 1)
+        """A matrix in a whole request. Tiles and dequantization concern prefill alone, row groups side by side decode."""
+        decode = 0.0 if axis in ("tile", "dequantize") else N_DECODE * self._matmul(shape, choices, 1)
         once = shape.gather or axis == "side_by_side"
-        return decode + (0.0 if once else N_CHUNK * self._matmul(shape, choices, CHUNK))
+        return decode + (0.0 if once else N_PROMPT / self._chunk * self._matmul(shape, choices, self._chunk))
 
     def _once(self, key: object, measure: Callable[[], float]) -> float:
         if key not in self._known:
@@ -155,9 +159,15 @@ class DeviceTimer:
 
     def _matmul(self, shape: Shape, choices: Choices, n_token: int) -> float:
         spec = product_spec(shape.fmt, choices, shape.n_row, n_token, self._lane_row, self._lanes)
-        return self._once((spec, shape, n_token), lambda: self._run_matmul(spec, shape, n_token))
+        tiled = self._gemm(spec, n_token) if choices.dequantize == "shared" else None
+        return self._once((spec, tiled, shape, n_token), lambda: self._run_matmul(spec, tiled, shape, n_token))
 
-    def _run_matmul(self, spec: MatmulSpec, shape: Shape, n_token: int) -> float:
+    def _gemm(self, spec: MatmulSpec, n_token: int) -> GemmSpec | None:
+        limits = self._device.limits
+        shapes = limits.coop_shapes if {"coopmat", "memory_model"} <= limits.features else ()
+        return fitted(spec, n_token, limits.max_shared_bytes, limits.max_workgroup_invocations, shapes)
+
+    def _run_matmul(self, spec: MatmulSpec, tiled: GemmSpec | None, shape: Shape, n_token: int) -> float:
         f, groups = coded_of(shape.fmt) if spec.from_records else FORMATS[shape.fmt], spec.layout.n_group(shape.n_row)
         n_packed = groups * spec.layout.group_rows
         nbytes, width = packed_nbytes(shape.fmt, n_packed, shape.n_col, spec.layout), -(-shape.n_col // 64) * 64
@@ -166,7 +176,8 @@ class DeviceTimer:
         sizes |= {"y": 4 * n_token * shape.n_row + 256}
         push = {"n_chunk": f.n_chunk(shape.n_col), "n_group": groups, "n_token": n_token, "n_row": shape.n_row, "first_row": 0}
         push |= {"x_stride": n_group(shape.n_col) if spec.from_records else width // 4, "y_stride": shape.n_row}
-        return self._time(matmul(spec), sizes, {"w": nbytes}, copies, push, spec.groups(n_packed, n_token))
+        kernel = gemm(tiled) if tiled else matmul(spec)
+        return self._time(kernel, sizes, {"w": nbytes}, copies, push, (tiled or spec).groups(n_packed, n_token))
 
     def _attention(self, choices: Choices) -> float:
         """All layers of N_DECODE tokens at DEPTH, but for the merge of the parts."""
@@ -197,7 +208,7 @@ class DeviceTimer:
         device, names = self._device, {b.name for b in kernel.bindings}
         common = {name: self._filled(name, nbytes) for name, nbytes in shared.items() if name in names}
         each = [{name: self._filled(name, nbytes) for name, nbytes in own.items()} for _ in range(copies)]
-        pipeline = device.pipeline(kernel.name, kernel.spirv(), tuple(b.kind for b in kernel.bindings), kernel.push_bytes)
+        pipeline = pipeline_of(device, compiled(kernel))
         pushed = kernel.pack_push(**{name: push[name] for name, _, _ in kernel.push})
         recording = device.recording(kernel.name)
         try:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 AXES = {
     "activations": "activations",
     "rows": "rows of a matrix a lane",
+    "dequantize": "prefill: where weights are dequantized",
     "tile": "prefill: tokens a tile",
     "side_by_side": "decode: row groups side by side",
     "attention_tile": "attention: positions a turn",

@@ -47,7 +47,9 @@ class Choices:
 
     `rows`: of a matrix, that a lane owns. `tile`: tokens a workgroup in prefill. `side_by_side`: row groups of an integer product
     that a workgroup takes together in decode, where there are enough of them. `attention_tile`: positions a turn (0: one a lane).
-    `split`: positions a workgroup of split attention. `activations`: what "auto" means for this model.
+    `split`: positions a workgroup of split attention. `dequantize`: where a GPU's products of many tokens do that: in "shared"
+    memory, once a workgroup (a tiled GEMM, on cooperative matrices where there are any), or each subgroup in its registers.
+    `activations`: what "auto" means for this model.
     """
 
     rows: int = 4
@@ -55,6 +57,7 @@ class Choices:
     side_by_side: int = 4
     attention_tile: int = 0
     split: int = 512
+    dequantize: Literal["shared", "registers"] = "shared"
     activations: Literal["f32", "int8"] = "f32"
 
     def layout(self, fmt: str, lane_row: bool, lanes: int, integers: bool) -> Layout:
@@ -85,6 +88,7 @@ ALLOWED: dict[str, tuple[object, ...]] = {
     "side_by_side": (1, 2, 4),
     "attention_tile": (0, 8, 16, 32, 64),
     "split": (128, 256, 512, 1024, 2048),
+    "dequantize": ("shared", "registers"),
     "activations": ("f32", "int8"),
 }
 

@@ -18,7 +18,7 @@ from vkllm.config import ModelConfig, RuntimeConfig
 from vkllm.files import open_model
 from vkllm.models import build_graph
 from vkllm.plan import Linear, Qkv
-from vkllm.tune import N_CHUNK, N_DECODE, DeviceTimer, Experiment, Outcome, axes, model_shapes, product_spec, search
+from vkllm.tune import N_DECODE, N_PROMPT, DeviceTimer, Experiment, Outcome, axes, model_shapes, product_spec, search
 from vkllm.tune_cli import AXES, _show
 from vkllm.tuned import ALLOWED, Choices, Shape, default_choices, path, save, tuned
 from vkllm.vk import NullDevice
@@ -203,7 +203,7 @@ def test_row_groups_side_by_side_concern_decode_alone(monkeypatch: pytest.Monkey
     timer = DeviceTimer(NullDevice(limits=MINIMUM_LIMITS), None, {SHAPES[0]: 2}, True)  # type: ignore[arg-type]
     monkeypatch.setattr(DeviceTimer, "_matmul", lambda self, shape, choices, n_token: 1.0 if n_token == 1 else 1000.0)
     assert timer(START, "side_by_side") == 2 * N_DECODE
-    assert timer(START, "tile") == 2 * N_CHUNK * 1000.0
+    assert timer(START, "tile") == 2 * N_PROMPT / 64 * 1000.0
     assert timer(START, "rows") == timer(START, "side_by_side") + timer(START, "tile")
 
 
@@ -226,14 +226,14 @@ def test_every_axis_is_named_in_the_report(lane_row: bool) -> None:
     assert set(axes(lane_row, 8)) <= set(AXES)
 
 
-def test_every_candidate_runs_on_the_device(device: Any) -> None:
+@pytest.mark.parametrize("lane_row", [True, False])
+def test_every_candidate_runs_on_the_device(device: Any, lane_row: bool) -> None:
     """On shapes of a real model's formats: one that never ran would never be chosen."""
     with open_model("tiny") as file:
         config, shapes = ModelConfig.from_gguf(file), model_shapes(file)
     assert sum(shapes.values()) == 7 * config.n_layer + 1
     few = {next(iter(shapes)): 1}
-    timer = DeviceTimer(device, config, few, lane_row=device.info.kind == "cpu")
-    lane_row = device.info.kind == "cpu"
+    timer = DeviceTimer(device, config, few, lane_row)
     tried = {axis: values for axis, values in axes(lane_row, device.limits.subgroup_size).items() if axis != "rows"}
     found = search(default_choices(lane_row), tried, timer, 600)
     assert found.finished

@@ -12,6 +12,7 @@ from vkllm.config import Activations, ModelConfig, RuntimeConfig
 from vkllm.errors import ConfigError, RequestError, UnsupportedModelError
 from vkllm.files import resolve_model
 from vkllm.files.gguf import GGUFFile
+from vkllm.kernel_cache import pipeline_of
 from vkllm.kv_cache import BlockPool, BlockTable
 from vkllm.models import build_graph
 from vkllm.schedule import Access, Dispatch, Touch, unordered_hazards
@@ -56,7 +57,7 @@ class Recorder:
     def access(self) -> dict[int, tuple[Access, ...]]:
         """Accesses of each pipeline's bindings, by the pipeline's identity."""
         steps = [s for r in self.chain._recorded.values() for run in r.runs for s in run if isinstance(s, Dispatch)]
-        return {id(self.chain._pipeline(s)): tuple(b.access for b in s.kernel.bindings) for s in steps}
+        return {id(pipeline_of(self.chain.device, s.kernel)): tuple(b.access for b in s.kernel.bindings) for s in steps}
 
 
 def touches(access: dict[int, tuple[Access, ...]], command: Command | HostRead) -> list[Touch]:

@@ -19,7 +19,7 @@ def get(folder: Path) -> CompiledKernel:
 
 def test_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = get(tmp_path)
-    monkeypatch.setattr(kernel_cache, "_compile", lambda kernel: pytest.fail("it was compiled again"))
+    monkeypatch.setattr(kernel_cache, "compiled", lambda kernel: pytest.fail("it was compiled again"))
     again = get(tmp_path)
     assert (again.name, again.push, again.features, again.code) == (first.name, first.push, first.features, first.code)
     assert [(b.name, b.kind, b.dtype, b.access) for b in again.bindings] == [
@@ -62,7 +62,7 @@ def test_a_shipped_kernel_is_not_compiled(tmp_path: Path, monkeypatch: pytest.Mo
     archive = ship(tmp_path, kernel)
     again = ship(tmp_path / "first", kernel)
     assert archive.read_bytes() == again.read_bytes()
-    monkeypatch.setattr(kernel_cache, "_compile", lambda kernel: pytest.fail("it was compiled again"))
+    monkeypatch.setattr(kernel_cache, "compiled", lambda kernel: pytest.fail("it was compiled again"))
     found = get(tmp_path)
     assert (found.name, found.push, found.features, found.code) == (kernel.name, kernel.push, kernel.features, kernel.code)
     archive.unlink()
@@ -84,7 +84,7 @@ def test_a_damaged_or_foreign_archive_is_left_alone(tmp_path: Path, damage: str,
     archive = ship(tmp_path, kernel)
     archive.write_bytes(ARCHIVES[damage](archive.read_bytes()))
     compiled = []
-    monkeypatch.setattr(kernel_cache, "_compile", lambda _: compiled.append(kernel) or kernel)
+    monkeypatch.setattr(kernel_cache, "compiled", lambda _: compiled.append(kernel) or kernel)
     assert get(tmp_path).code == kernel.code
     assert compiled == [kernel]
 
