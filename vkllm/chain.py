@@ -292,7 +292,7 @@ class ModelChain:
             runs = cut(order(dispatches), self.runtime.submit_ms * 1000.0)
         first_uses = {id(d.kernel): d for d in dispatches}
         with ThreadPoolExecutor(os.cpu_count(), "compile") as pool:
-            for _ in pool.map(lambda d: pipeline_of(self.device, d.kernel), first_uses.values()):
+            for _ in pool.map(lambda d: pipeline_of(self.device, d.kernel, self._lower.lanes), first_uses.values()):
                 pass
         recordings = tuple(self._record_run(run, params) for run in runs)
         return Recorded(capacity, params, recordings, tuple(tuple(run) for run in runs))
@@ -312,7 +312,7 @@ class ModelChain:
                 Binding(params if name == "params" else self._buffers[name], format=texel_format(b))
                 for name, b in zip(step.buffers, step.kernel.bindings, strict=True)
             ]
-            recording.dispatch(pipeline_of(self.device, step.kernel), bindings, step.groups, step.push)
+            recording.dispatch(pipeline_of(self.device, step.kernel, self._lower.lanes), bindings, step.groups, step.push)
             if timed:
                 recording.timestamp()
         recording.finish()

@@ -82,8 +82,9 @@ class KernelCache:
         return KernelArchive(self._archive_file, _version())
 
 
-def pipeline_of(device: Device, kernel: CompiledKernel) -> Pipeline:
-    """A kernel on a device. Kernels are written for one subgroup size: where the driver may choose, it is told.
+def pipeline_of(device: Device, kernel: CompiledKernel, lanes: int = 0) -> Pipeline:
+    """A kernel on a device. Kernels are written for one subgroup size: where the driver may choose, it is told. `lanes`: which
+    (0: the device's usual one).
 
     Raises: as Device.pipeline.
     """
@@ -94,7 +95,7 @@ def pipeline_of(device: Device, kernel: CompiledKernel) -> Pipeline:
         kernel.code,
         tuple(b.kind for b in kernel.bindings),
         kernel.push_bytes,
-        required_subgroup_size=limits.subgroup_size if varies else None,
+        required_subgroup_size=(lanes or limits.subgroup_size) if varies else None,
         features=kernel.features,
     )
 

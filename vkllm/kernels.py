@@ -103,10 +103,9 @@ class Lowering:
         self.capacity = max(self.prefill_chunk, runtime.n_seq)
         self.max_output = min(self.capacity, max(MAX_OUTPUT, runtime.n_seq))
         self.multi_step = (1 if device.kind == "cpu" else MULTI_STEP) if runtime.multi_step == "auto" else runtime.multi_step
-        self.lanes = limits.subgroup_size
         self._types = {part.weight: device_type(file.tensors[part.weight].type) for part in graph.parts()}
         self._choices = tuned(device, product_shapes(graph, self._types), lane_row)
-        rows = self._choices.rows
+        self.lanes, rows = self._choices.lanes or limits.subgroup_size, self._choices.rows
         self.layout = Layout("lane_row", self.lanes, rows) if lane_row else Layout("lane_chunk", 1, rows)
         self._limits, self._rate = limits, RATES.get(device.kind, DISCRETE_RATE)
         self._kernels = KernelCache()

@@ -21,8 +21,8 @@ from vkllm.files.model_file import ModelFile
 from vkllm.kernel_cache import compiled, pipeline_of
 from vkllm.kernels import PREFILL_CPU, PREFILL_GPU, texel_format
 from vkllm.models import build_graph
-from vkllm.tuned import Choices, Shape, product_shapes
-from vkllm.vk import Binding, Buffer, Device
+from vkllm.tuned import Choices, Shape, product_shapes, subgroup_sizes
+from vkllm.vk import Binding, Buffer, Device, DeviceLimits
 from vkllm_codegen import Kernel
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.attention import AttentionSpec, cache_row_nbytes, direct, partial
@@ -62,10 +62,13 @@ class Outcome:
     finished: bool
 
 
-def axes(lane_row: bool, lanes: int) -> dict[str, tuple[object, ...]]:
+def axes(lane_row: bool, limits: DeviceLimits) -> dict[str, tuple[object, ...]]:
     """What to try for each choice, the ones that matter most first. Integer products of lane_row need 8 lanes."""
+    lanes = limits.subgroup_size
     integers = lanes == LANES or not lane_row
+    others = () if lane_row else tuple(n for n in subgroup_sizes(limits) if n != lanes)
     return {
+        **({"lanes": others} if others else {}),
         **({"activations": ("f32", "int8")} if integers else {}),
         "rows": (2, 4, 8),
         **({} if lane_row else {"dequantize": ("shared", "registers")}),
@@ -137,14 +140,16 @@ class DeviceTimer:
 
     def __init__(self, device: Device, config: ModelConfig, shapes: Mapping[Shape, int], lane_row: bool) -> None:
         self._device, self._config, self._shapes, self._lane_row = device, config, shapes, lane_row
-        self._lanes = device.limits.subgroup_size
         self._chunk = PREFILL_CPU if lane_row else PREFILL_GPU
         self._known: dict[object, float] = {}
 
     def __call__(self, choices: Choices, axis: str) -> float:
         if axis in ("attention_tile", "split"):
-            return self._once((axis, choices.attention_tile, choices.split), lambda: self._attention(choices))
+            return self._once((axis, choices.attention_tile, choices.split, choices.lanes), lambda: self._attention(choices))
         return sum(count * self._product(shape, choices, axis) for shape, count in self._shapes.items())
+
+    def _lanes(self, choices: Choices) -> int:
+        return choices.lanes or self._device.limits.subgroup_size
 
     def _product(self, shape: Shape, choices: Choices, axis: str) -> float:
         """A matrix in a whole request. Tiles and dequantization concern prefill alone, row groups side by side decode."""
@@ -158,7 +163,7 @@ class DeviceTimer:
         return self._known[key]
 
     def _matmul(self, shape: Shape, choices: Choices, n_token: int) -> float:
-        spec = product_spec(shape.fmt, choices, shape.n_row, n_token, self._lane_row, self._lanes)
+        spec = product_spec(shape.fmt, choices, shape.n_row, n_token, self._lane_row, self._lanes(choices))
         tiled = self._gemm(spec, n_token) if choices.dequantize == "shared" else None
         return self._once((spec, tiled, shape, n_token), lambda: self._run_matmul(spec, tiled, shape, n_token))
 
@@ -177,14 +182,14 @@ class DeviceTimer:
         push = {"n_chunk": f.n_chunk(shape.n_col), "n_group": groups, "n_token": n_token, "n_row": shape.n_row, "first_row": 0}
         push |= {"x_stride": n_group(shape.n_col) if spec.from_records else width // 4, "y_stride": shape.n_row}
         kernel = gemm(tiled) if tiled else matmul(spec)
-        return self._time(kernel, sizes, {"w": nbytes}, copies, push, (tiled or spec).groups(n_packed, n_token))
+        return self._time(kernel, spec.lanes, sizes, {"w": nbytes}, copies, push, (tiled or spec).groups(n_packed, n_token))
 
     def _attention(self, choices: Choices) -> float:
         """All layers of N_DECODE tokens at DEPTH, but for the merge of the parts."""
         c, limits = self._config, self._device.limits
         group, tile = c.n_head // c.n_kv_head, choices.attention_tile
         schedule: Any = "lane_row" if self._lane_row else "lane_chunk"
-        spec = AttentionSpec(c.head_dim, group, lanes=self._lanes, schedule=schedule, split=choices.split, tile=tile)
+        spec = AttentionSpec(c.head_dim, group, lanes=self._lanes(choices), schedule=schedule, split=choices.split, tile=tile)
         spec = spec if self._lane_row else spec.fitted(limits.max_shared_bytes, limits.max_workgroup_invocations)
         n_split = 1 if self._lane_row else spec.n_split(DEPTH)
         kept = DEPTH * c.n_kv_head * cache_row_nbytes(c.head_dim, "f16")
@@ -192,12 +197,13 @@ class DeviceTimer:
         sizes["out"] = max(sizes["q"], spec.scratch_nbytes(1, c.n_kv_head, n_split))
         kernel = direct(spec) if self._lane_row else partial(spec)
         push = {"n_token": 1, "n_kv_head": c.n_kv_head}
-        seconds = self._time(kernel, sizes, {"k": kept, "v": kept}, c.n_layer, push, (n_split, c.n_kv_head, 1))
+        seconds = self._time(kernel, spec.lanes, sizes, {"k": kept, "v": kept}, c.n_layer, push, (n_split, c.n_kv_head, 1))
         return N_DECODE * c.n_layer * seconds
 
     def _time(
         self,
         kernel: Kernel,
+        lanes: int,
         shared: Mapping[str, int],
         own: Mapping[str, int],
         copies: int,
@@ -208,7 +214,7 @@ class DeviceTimer:
         device, names = self._device, {b.name for b in kernel.bindings}
         common = {name: self._filled(name, nbytes) for name, nbytes in shared.items() if name in names}
         each = [{name: self._filled(name, nbytes) for name, nbytes in own.items()} for _ in range(copies)]
-        pipeline = pipeline_of(device, compiled(kernel))
+        pipeline = pipeline_of(device, compiled(kernel), lanes)
         pushed = kernel.pack_push(**{name: push[name] for name, _, _ in kernel.push})
         recording = device.recording(kernel.name)
         try:

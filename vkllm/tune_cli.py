@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 AXES = {
     "activations": "activations",
+    "lanes": "lanes a subgroup",
     "rows": "rows of a matrix a lane",
     "dequantize": "prefill: where weights are dequantized",
     "tile": "prefill: tokens a tile",
@@ -51,7 +52,7 @@ def tune_model(
     with open_device(device) as opened:
         lane_row = opened.info.kind == "cpu"
         timer = DeviceTimer(opened, config, shapes, lane_row)
-        candidates = axes(lane_row, opened.limits.subgroup_size)
+        candidates = axes(lane_row, opened.limits)
         outcome = search(tuned(opened.info, shapes, lane_row), candidates, timer, 60 * minutes, tell=_progress)
         kept = save(outcome.choices, opened.info, shapes)
         name = opened.info.name

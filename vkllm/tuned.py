@@ -16,7 +16,7 @@ from typing import Literal
 
 from vkllm.kernel_cache import KernelCache
 from vkllm.plan import Embed, Graph, Linear, parts_of
-from vkllm.vk import DeviceInfo, cache
+from vkllm.vk import DeviceInfo, DeviceLimits, cache
 from vkllm_shaders.formats import CODED, Layout
 from vkllm_shaders.records import LANES
 
@@ -49,7 +49,7 @@ class Choices:
     that a workgroup takes together in decode, where there are enough of them. `attention_tile`: positions a turn (0: one a lane).
     `split`: positions a workgroup of split attention. `dequantize`: where a GPU's products of many tokens do that: in "shared"
     memory, once a workgroup (a tiled GEMM, on cooperative matrices where there are any), or each subgroup in its registers.
-    `activations`: what "auto" means for this model.
+    `lanes`: subgroup size, where a device has several (0: its usual one). `activations`: what "auto" means for this model.
     """
 
     rows: int = 4
@@ -58,6 +58,7 @@ class Choices:
     attention_tile: int = 0
     split: int = 512
     dequantize: Literal["shared", "registers"] = "shared"
+    lanes: int = 0
     activations: Literal["f32", "int8"] = "f32"
 
     def layout(self, fmt: str, lane_row: bool, lanes: int, integers: bool) -> Layout:
@@ -89,8 +90,16 @@ ALLOWED: dict[str, tuple[object, ...]] = {
     "attention_tile": (0, 8, 16, 32, 64),
     "split": (128, 256, 512, 1024, 2048),
     "dequantize": ("shared", "registers"),
+    "lanes": (0, 4, 8, 16, 32, 64, 128),
     "activations": ("f32", "int8"),
 }
+
+
+def subgroup_sizes(limits: DeviceLimits) -> tuple[int, ...]:
+    """The subgroup sizes that a kernel may ask for: none where the device has only one."""
+    if limits.min_subgroup_size == limits.max_subgroup_size or "subgroup_size_control" not in limits.features:
+        return ()
+    return tuple(n for n in ALLOWED["lanes"] if isinstance(n, int) and limits.min_subgroup_size <= n <= limits.max_subgroup_size)
 
 
 def default_choices(lane_row: bool) -> Choices:
@@ -135,7 +144,8 @@ def tuned(device: DeviceInfo, shapes: Iterable[Shape], lane_row: bool, folder: P
         names = {field.name for field in fields(Choices)}
         if set(found) == names and all(_is_allowed(name, found[name]) for name in names):
             choices = Choices(**found)
-            if choices.attention_tile % device.limits.subgroup_size == 0:
+            lanes = choices.lanes or device.limits.subgroup_size
+            if choices.attention_tile % lanes == 0 and lanes in (device.limits.subgroup_size, *subgroup_sizes(device.limits)):
                 return choices
     except (OSError, ValueError, TypeError):
         pass

@@ -13,16 +13,18 @@ from typer.testing import CliRunner
 
 from vkllm import kernels
 from vkllm import tuned as store
+from vkllm.chain import ModelChain, Rows, Span
 from vkllm.cli import app
 from vkllm.config import ModelConfig, RuntimeConfig
 from vkllm.files import open_model
+from vkllm.kv_cache import BlockPool, BlockTable
 from vkllm.models import build_graph
 from vkllm.plan import Linear, Qkv
 from vkllm.tune import N_DECODE, N_PROMPT, DeviceTimer, Experiment, Outcome, axes, model_shapes, product_spec, search
 from vkllm.tune_cli import AXES, _show
 from vkllm.tuned import ALLOWED, Choices, Shape, default_choices, path, save, tuned
 from vkllm.vk import NullDevice
-from vkllm.vk.types import MINIMUM_LIMITS, DeviceInfo
+from vkllm.vk.types import MINIMUM_LIMITS, DeviceInfo, DeviceLimits
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.formats import Layout
 
@@ -144,17 +146,57 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     save(START, DEVICE, SHAPES, tmp_path / "file")
 
 
+def limits(lanes: int, least: int = 0, most: int = 0) -> DeviceLimits:
+    """Of a device with subgroups of so many lanes, or of `least` to `most` where it is asked."""
+    features = MINIMUM_LIMITS.features | {"subgroup_size_control"}
+    sizes = {"subgroup_size": lanes, "min_subgroup_size": least or lanes, "max_subgroup_size": most or lanes}
+    return replace(MINIMUM_LIMITS, features=features, **sizes)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("lane_row", [True, False])
 def test_what_is_tried_may_be_kept(lane_row: bool) -> None:
-    for lanes in (8, 16, 32):
-        assert all(value in ALLOWED[axis] for axis, values in axes(lane_row, lanes).items() for value in values)
+    for some in (limits(8), limits(16, 8, 32), limits(32, 32, 64)):
+        assert all(value in ALLOWED[axis] for axis, values in axes(lane_row, some).items() for value in values)
 
 
 def test_what_integer_products_choose_is_tried_where_they_are() -> None:
-    assert axes(True, 8)["side_by_side"] == (1, 2, 4)
-    assert axes(True, 8)["tile"] == (4, 8, 16)
-    assert not {"activations", "side_by_side"} & set(axes(True, 16))
-    assert "side_by_side" not in axes(False, 32)
+    assert axes(True, limits(8))["side_by_side"] == (1, 2, 4)
+    assert axes(True, limits(8))["tile"] == (4, 8, 16)
+    assert not {"activations", "side_by_side"} & set(axes(True, limits(16)))
+    assert "side_by_side" not in axes(False, limits(32))
+
+
+def test_other_subgroup_sizes_are_tried_where_there_are_some(tmp_path: Path) -> None:
+    """And a choice of one that the device does not have is not believed."""
+    assert axes(False, limits(16, 8, 32))["lanes"] == (8, 32)
+    assert axes(False, limits(64, 32, 64))["lanes"] == (32,)
+    assert not any("lanes" in axes(row, limits(32)) for row in (True, False))
+    for least, kept in ((32, True), (64, False)):
+        device = replace(DEVICE, kind="discrete", limits=limits(64, least, 64))
+        save(Choices(lanes=32), device, SHAPES, tmp_path)
+        assert (tuned(device, SHAPES, False, tmp_path) == Choices(lanes=32)) is kept
+
+
+def test_the_subgroup_size_that_was_chosen_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = NullDevice(limits=limits(64, 32, 64))
+    device.info = replace(device.info, kind="discrete")
+    monkeypatch.setattr(kernels, "tuned", lambda *_: Choices(lanes=32))
+    asked: list[int | None] = []
+    pipeline = device.pipeline
+
+    def watched(*args: Any, required_subgroup_size: int | None = None, **more: Any) -> Any:
+        asked.append(required_subgroup_size)
+        return pipeline(*args, required_subgroup_size=required_subgroup_size, **more)
+
+    monkeypatch.setattr(device, "pipeline", watched)
+    with open_model("tiny") as file:
+        graph = build_graph(ModelConfig.from_gguf(file), file.tensors)
+        chain = ModelChain(device, graph, file, RuntimeConfig(n_ctx=64))  # type: ignore[arg-type]
+        table = BlockTable(32)
+        BlockPool(chain.n_block, 32).extend(table, 8)
+        chain.forward(Rows.of(Span([1], 0, table, n_output=1)))
+    assert set(asked) == {32}
+    assert any("_s32_" in d.kernel.name for r in chain._recorded.values() for d in r.dispatches(0))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +265,7 @@ def test_the_report_has_a_table_for_each_axis(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("lane_row", [True, False])
 def test_every_axis_is_named_in_the_report(lane_row: bool) -> None:
-    assert set(axes(lane_row, 8)) <= set(AXES)
+    assert set(axes(lane_row, limits(8, 4, 16))) <= set(AXES)
 
 
 @pytest.mark.parametrize("lane_row", [True, False])
@@ -234,7 +276,7 @@ def test_every_candidate_runs_on_the_device(device: Any, lane_row: bool) -> None
     assert sum(shapes.values()) == 7 * config.n_layer + 1
     few = {next(iter(shapes)): 1}
     timer = DeviceTimer(device, config, few, lane_row)
-    tried = {axis: values for axis, values in axes(lane_row, device.limits.subgroup_size).items() if axis != "rows"}
+    tried = {axis: values for axis, values in axes(lane_row, device.limits).items() if axis != "rows"}
     found = search(default_choices(lane_row), tried, timer, 600)
     assert found.finished
     assert [e.problem for e in found.experiments] == [""] * len(found.experiments)

@@ -32,9 +32,9 @@ def test_tokens_are_those_without(schedule: str, device: object, tmp_path: Path,
     with open_model("tiny") as file:
         shapes = model_shapes(file)
     info = device.info  # type: ignore[attr-defined]
-    lane_row, lanes = schedule == "lane_row", info.limits.subgroup_size
+    lane_row = schedule == "lane_row"
     for rows in (2, 8):
-        tried = {axis: values[-1] for axis, values in axes(lane_row, lanes).items() if axis not in ("rows", "tile")}
+        tried = {axis: values[-1] for axis, values in axes(lane_row, info.limits).items() if axis not in ("rows", "tile")}
         tile = 2 if lane_row else 8
         choices = Choices(**({"activations": "f32"} | tried | {"rows": rows, "tile": tile}))
         save(choices, info, shapes)
@@ -48,7 +48,7 @@ def test_integer_products_give_the_same_bits_whatever_is_chosen(
 ) -> None:
     monkeypatch.setenv("VKLLM_CACHE_DIR", str(tmp_path))
     info, runtime = device.info, RuntimeConfig(activations="int8", n_ctx=256)  # type: ignore[attr-defined]
-    if "side_by_side" not in axes(info.kind == "cpu", info.limits.subgroup_size):
+    if "side_by_side" not in axes(info.kind == "cpu", info.limits):
         pytest.skip("this device has no such products")
     with open_model("tiny") as file:
         shapes = model_shapes(file)
