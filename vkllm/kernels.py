@@ -40,8 +40,8 @@ from vkllm.plan import (
 )
 from vkllm.plan.records import plan_records
 from vkllm.schedule import Dispatch
-from vkllm.tuned import product_shapes, tuned
-from vkllm.vk import DeviceInfo
+from vkllm.tuned import Choices, product_shapes, tuned
+from vkllm.vk import DeviceInfo, DeviceLimits
 from vkllm.vk.types import Format as TexelFormat
 from vkllm_codegen import Binding as KernelBinding
 from vkllm_codegen import f32, f32x4, u32, u32x4
@@ -51,8 +51,7 @@ from vkllm_shaders.embed import groups as embed_groups
 from vkllm_shaders.experts import RouteSpec, TileSpec, combine_groups, route, tiles
 from vkllm_shaders.experts import combine as combine_experts
 from vkllm_shaders.formats import Layout, row_order
-from vkllm_shaders.gemm import GemmSpec, gemm
-from vkllm_shaders.gemm import fitted as fitted_gemm
+from vkllm_shaders.gemm import GemmSpec, fitted, gemm
 from vkllm_shaders.heads import HeadSpec, heads
 from vkllm_shaders.matmul import OWN_BINDINGS, OWN_PUSH, MatmulSpec, alike, matmul, matmul_pair, pair_groups
 from vkllm_shaders.records import GROUP, LANES, n_group, record_nbytes, squares_stride
@@ -367,13 +366,6 @@ class Lowering:
         groups = (product.tiled or product.spec).groups(product.n_packed, n_row)
         return self._make(op, kernel, product.buffers, product.push, groups, product.cost_us)
 
-    def _gemm(self, spec: MatmulSpec, n_row: int) -> GemmSpec | None:
-        if self._choices.dequantize == "registers":
-            return None
-        limits = self._limits
-        shapes = limits.coop_shapes if {"coopmat", "memory_model"} <= limits.features else ()
-        return fitted_gemm(spec, n_row, limits.max_shared_bytes, limits.max_workgroup_invocations, shapes)
-
     def _pair(self, op: Qkv, first: Product, second: Product, n_row: int) -> Dispatch:
         """Two products of one x, of two formats, in one dispatch."""
         own_buffers = {f"{name}_2": second.buffers[name] for name in OWN_BINDINGS}
@@ -407,7 +399,7 @@ class Lowering:
             buffers |= {"x": record, "squares": _squares_name(record)}
             push |= {"x_stride": n_group(matrix.n_col), "squares_stride": squares_stride(matrix.n_col) // 4}
         bytes_a_us, macs_a_us = self._rate
-        tiled = self._gemm(spec, n_row)
+        tiled = gemm_of(spec, n_row, self._limits, self._choices)
         nbytes = matrix.nbytes * n_packed // len(matrix.order) * -(-n_row // (tiled.tokens if tiled else spec.tile))
         cost_us = max(nbytes / bytes_a_us, matrix.n_row * matrix.n_col * n_row / macs_a_us)
         return Product(spec, tiled, n_packed, buffers, push, cost_us)
@@ -602,6 +594,14 @@ class Lowering:
             10.0,
         )
         return [find, merge]
+
+
+def gemm_of(spec: MatmulSpec, n_row: int, limits: DeviceLimits, choices: Choices) -> GemmSpec | None:
+    """The GEMM that does a product of so many rows on a device of these limits, where one does."""
+    if choices.dequantize == "registers":
+        return None
+    shapes = limits.coop_shapes if {"coopmat", "memory_model"} <= limits.features else ()
+    return fitted(spec, n_row, limits.max_shared_bytes, limits.max_workgroup_invocations, shapes)
 
 
 def _activations(wanted: str, faster: Literal["f32", "int8"], weight_bytes: int) -> Literal["f32", "int8"]:

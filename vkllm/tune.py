@@ -19,7 +19,7 @@ from vkllm.errors import VkllmError
 from vkllm.expand import device_type
 from vkllm.files.model_file import ModelFile
 from vkllm.kernel_cache import compiled, pipeline_of
-from vkllm.kernels import PREFILL_CPU, PREFILL_GPU, texel_format
+from vkllm.kernels import PREFILL_CPU, PREFILL_GPU, gemm_of, texel_format
 from vkllm.models import build_graph
 from vkllm.tuned import Choices, Shape, product_shapes, subgroup_sizes
 from vkllm.vk import Binding, Buffer, Device, DeviceLimits
@@ -27,7 +27,7 @@ from vkllm_codegen import Kernel
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.attention import AttentionSpec, cache_row_nbytes, direct, partial
 from vkllm_shaders.formats import FORMATS, coded_of, packed_nbytes
-from vkllm_shaders.gemm import GemmSpec, fitted, gemm
+from vkllm_shaders.gemm import GemmSpec, gemm
 from vkllm_shaders.matmul import MatmulSpec, matmul
 from vkllm_shaders.records import LANES, n_group, record_nbytes
 
@@ -164,13 +164,8 @@ class DeviceTimer:
 
     def _matmul(self, shape: Shape, choices: Choices, n_token: int) -> float:
         spec = product_spec(shape.fmt, choices, shape.n_row, n_token, self._lane_row, self._lanes(choices))
-        tiled = self._gemm(spec, n_token) if choices.dequantize == "shared" else None
+        tiled = gemm_of(spec, n_token, self._device.limits, choices)
         return self._once((spec, tiled, shape, n_token), lambda: self._run_matmul(spec, tiled, shape, n_token))
-
-    def _gemm(self, spec: MatmulSpec, n_token: int) -> GemmSpec | None:
-        limits = self._device.limits
-        shapes = limits.coop_shapes if {"coopmat", "memory_model"} <= limits.features else ()
-        return fitted(spec, n_token, limits.max_shared_bytes, limits.max_workgroup_invocations, shapes)
 
     def _run_matmul(self, spec: MatmulSpec, tiled: GemmSpec | None, shape: Shape, n_token: int) -> float:
         f, groups = coded_of(shape.fmt) if spec.from_records else FORMATS[shape.fmt], spec.layout.n_group(shape.n_row)

@@ -11,8 +11,8 @@ many workers as threads: with two, `direct` is right for any model of two KV hea
 decodes one long sequence wants the split.
 
 Schedules ("lanes" is the subgroup size):
-- "lane_row" (lavapipe): one subgroup a workgroup, texel reads, values pass between lanes by constant-lane shuffles only.
-  Scores: a lane owns a position. Output: a lane owns 8 dims.
+- "lane_row" (lavapipe): one subgroup a workgroup, texel reads, values pass between lanes by constant-lane shuffles and
+  exchanges only. A lane owns 8 dims of queries, K and V; then a position's scores.
 - "lane_chunk" (GPUs): several subgroups a workgroup, each with its own positions; queries in shared memory; 16-byte reads
   from storage buffers, neighbouring lanes reading neighbouring chunks of V; a reduction through shared memory at the end.
 
