@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CANNOT = 77
-ENGINE = ("architectures", "gemm_prefill", "formats_end_to_end", "shapes", "multi_step")
+ENGINE = ("gemm_prefill", "shapes", "multi_step")
 TESTS = ("tests/shaders/test_gemm.py", "tests/vk/test_device.py", *(f"tests/engine/test_{name}.py" for name in ENGINE))
 
 
