@@ -11,6 +11,8 @@ cannot() {
 
 [ "$(id -u)" = 0 ] || cannot "needs root, for debootstrap and chroot"
 command -v apt-get >/dev/null || cannot "needs a Debian system"
+unshare --mount mount -t proc proc /proc 2>/dev/null || cannot "may not mount here"
+[ "$(df -Pk /var/tmp | awk 'NR == 2 { print $4 }')" -gt 4000000 ] || cannot "needs 4 GB in /var/tmp"
 command -v debootstrap >/dev/null || apt-get install -y -qq --no-install-recommends debootstrap >/dev/null || cannot "no debootstrap"
 mirror=$(apt-get indextargets --format '$(REPO_URI) $(ORIGIN)' 'Created-By: Packages' | sed -n 's/ Debian$//p' | head -n 1)
 root=$(mktemp -d /var/tmp/vkllm-sid.XXXXXX)
