@@ -30,10 +30,9 @@ from vkllm.rope import rope_table
 from vkllm.schedule import Barrier, Dispatch, Step, cut, order
 from vkllm.vk import Binding, Buffer, Device, Recording
 from vkllm.weights import check_weights, vector, weight_bytes
+from vkllm_shaders.matmul.spec import NO_SLOT
 
 Watch = Callable[[str, NDArray[np.float32]], None]
-
-NO_SLOT = 0xFFFFFFFF  # a padding row: it writes no cache and reads none
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +171,11 @@ class ModelChain:
         return output
 
     @property
+    def logits_chunk(self) -> int:
+        """Tokens of a prompt in a step where the logits of all of them are wanted."""
+        return min(self.prefill_chunk, self.max_output)
+
+    @property
     def multi_step(self) -> int:
         """How many steps `decode` does in one submit."""
         return self._lower.multi_step
@@ -264,7 +268,7 @@ class ModelChain:
     def _write_params(self, recorded: Recorded, rows: Rows) -> None:
         t, n = recorded.capacity, len(rows.token_ids)
         params = np.zeros((6, t), np.uint32)
-        params[2] = NO_SLOT
+        params[2] = NO_SLOT  # of padding rows, which write no cache and read none
         cache_rows = first_rows(rows.slots, self.runtime.block_size, self.graph.config.n_kv_head)
         for field, values in enumerate((rows.token_ids, rows.positions, cache_rows, rows.lengths, rows.table_starts)):
             params[field, :n] = values

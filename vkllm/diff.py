@@ -80,7 +80,7 @@ def diff(engine: LLMEngine, token_ids: Sequence[int], limit: float = 1e-4) -> Di
     def compare(op: str, y: NDArray[np.float32]) -> None:
         sums.setdefault(op, _Sums()).add(y, expected[op])
 
-    size = min(engine.chain.prefill_chunk, engine.chain.max_output)
+    size = engine.chain.logits_chunk
     with engine.scratch_sequence(len(token_ids)) as table:
         for start in range(0, len(token_ids), size):
             chunk = token_ids[start : start + size]

@@ -252,7 +252,7 @@ class LLMEngine:
     def logits(self, token_ids: Sequence[int], *, step: bool = False) -> NDArray[np.float32]:
         """Logits of every position, f32 [n_token, n_vocab]: from a prefill in chunks, or token by token (`step`)."""
         self.check_prompt(token_ids)
-        chunk = 1 if step else min(self.chain.prefill_chunk, self.chain.max_output)
+        chunk = 1 if step else self.chain.logits_chunk
         out = np.empty((len(token_ids), self.config.n_vocab), np.float32)
         with self.scratch_sequence(len(token_ids)) as table:
             for start in range(0, len(token_ids), chunk):

@@ -207,8 +207,13 @@ class Lowering:
         return self.fuses_heads and op.head_norms is None
 
     def _fused(self, op: Qkv, n_row: int) -> bool:
-        """Do they? On lavapipe with one row: in tiled kernels that code was longer than the loop before it, and as slow."""
-        return self._in_pairs(op) and (n_row == 1 or self.layout.kind == "lane_chunk")
+        """Do they do it in a step of `n_row` rows?"""
+        return self._in_pairs(op) and self._saves_dispatches(n_row)
+
+    def _saves_dispatches(self, n_row: int) -> bool:
+        """Are longer kernels worth fewer dispatches? On lavapipe with one row: in tiled kernels turning the heads was more code than
+        the loop before it, and as slow."""
+        return n_row == 1 or self.layout.kind == "lane_chunk"
 
     def vector_values(self, vectors: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         """What to upload as vectors: norm weights as they are, biases in the row order of their packed matrices."""
@@ -417,6 +422,7 @@ class Lowering:
         tile, n_group = self._choices.tile_of(layout, n_row), layout.n_group(self._n_packed(matrix))
         if experts:
             tile = self._expert_tiles.tile if self._tiles_experts(n_row) else 1
+        of_heads = epilogue in ("qkv", "pairs")
         return MatmulSpec(
             fmt=matrix.fmt,
             layout=layout,
@@ -432,8 +438,8 @@ class Lowering:
             records=records,
             scale=op.scale if isinstance(op, Linear) else 1.0,
             softcap=op.softcap if isinstance(op, Linear) else 0.0,
-            rope_pairing=self.graph.config.rope_pairing if epilogue in ("qkv", "pairs") else "interleaved",
-            head_dim=self.graph.config.head_dim if epilogue in ("qkv", "pairs") else 0,
+            rope_pairing=self.graph.config.rope_pairing if of_heads else "interleaved",
+            head_dim=self.graph.config.head_dim if of_heads else 0,
             subgroup=self.lanes,
         )
 
@@ -461,8 +467,8 @@ class Lowering:
         """One dispatch for matrices of up to two types, and one for the heads where the matrix kernels do not do their work."""
         products = [self._qkv_product(op, matrix, n_row) for matrix in self._by_op[op.name]]
         dispatches = self._record(op, n_row)
-        together = n_row == 1 or self.layout.kind == "lane_chunk"
-        if together and len(products) == 2 and alike(products[0].spec, products[1].spec) and not products[0].tiled:
+        together = len(products) == 2 and alike(products[0].spec, products[1].spec) and not products[0].tiled
+        if together and self._saves_dispatches(n_row):
             dispatches.append(self._pair(op, products[0], products[1], n_row))
         else:
             dispatches += [self._one(op, product, n_row) for product in products]

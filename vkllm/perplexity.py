@@ -95,7 +95,7 @@ def scored_logits(engine: LLMEngine, chunks: Chunks, chunk: int) -> Iterator[F32
 
     Raises: NonFiniteError, DeviceLostError.
     """
-    ids, size = chunks.inputs(chunk), min(engine.chain.prefill_chunk, engine.chain.max_output)
+    ids, size = chunks.inputs(chunk), engine.chain.logits_chunk
     with engine.scratch_sequence(len(ids)) as table:
         for start in range(0, len(ids), size):
             part = ids[start : start + size]

@@ -15,8 +15,8 @@ from vkllm_codegen import Block, Buffer, Kernel, Value, f32, f32x4, i32, read, t
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.attention import Cache, cache_row_nbytes
 from vkllm_shaders.attention.spec import SCALE_DIMS, scale_texels
+from vkllm_shaders.matmul.spec import NO_SLOT
 
-NO_SLOT = 0xFFFFFFFF
 BLOCK_TEXELS = SCALE_DIMS // 4
 
 

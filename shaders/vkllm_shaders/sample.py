@@ -28,11 +28,11 @@ from vkllm_codegen import (
     u32,
     write,
 )
+from vkllm_shaders.matmul.spec import NO_SLOT
 from vkllm_shaders.reference import NO_ID
 
 MINUS_INFINITY = 0xFF800000
 EXPONENT = 0x7F800000
-NO_SLOT = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from random_models import Shape, write_model
 
 from vkllm import LLMEngine, RuntimeConfig, SamplingParams
 from vkllm.batching import BatchEngine
-from vkllm.chain import ModelChain, Rows
+from vkllm.chain import ModelChain, Rows, Span
 from vkllm.config import Schedule
 from vkllm.errors import ConfigError, NonFiniteError
 from vkllm.vk import list_devices
@@ -119,10 +119,7 @@ def test_non_finite_numbers_are_named(tmp_path: Any) -> None:
         norm = engine.chain._buffers["output_norm.weight"]
         norm.write(np.full(norm.nbytes // 4, np.nan, np.float32))
         engine.chain.decode = decode  # type: ignore[method-assign]
-        rows_of = engine.scratch_sequence
-        with rows_of(16) as table:
-            from vkllm.chain import Span
-
+        with engine.scratch_sequence(16) as table:
             rows = Rows.of(Span([5], 0, table, n_output=1))
             assert len(engine.chain.decode(rows)) == 0
             with pytest.raises(NonFiniteError, match="output"):
