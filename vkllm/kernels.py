@@ -211,8 +211,8 @@ class Lowering:
         return self._in_pairs(op) and self._saves_dispatches(n_row)
 
     def _saves_dispatches(self, n_row: int) -> bool:
-        """Are longer kernels worth fewer dispatches? On lavapipe with one row: in tiled kernels turning the heads was more code than
-        the loop before it, and as slow."""
+        """Are longer kernels worth fewer dispatches? On lavapipe with one row: in tiled kernels turning the heads was more code
+        than the loop before it, and as slow."""
         return n_row == 1 or self.layout.kind == "lane_chunk"
 
     def vector_values(self, vectors: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
