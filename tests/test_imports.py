@@ -18,7 +18,7 @@ STAGES = (
     *("hub", "hub_cli"),  # models by name
     *("vk",),  # devices; the only part that loads the native module
     *("plan", "models", "expand", "weights", "rope", "packed_cache", "packing"),  # the plan, and what it becomes
-    *("kernel_archive", "kernel_cache", "tuned", "schedule", "kernels", "memory"),
+    *("kernel_archive", "kernel_cache", "tuned", "schedule", "persistent", "kernels", "memory"),
     *("kv_cache", "scheduler", "speculation", "sampler", "homeostasis", "sensors", "simulate"),  # policies
     *(
         "chain",

@@ -2,13 +2,14 @@
 
 For each number of rows (1 for decode, a few buckets for prefill) the dispatches are recorded once, with barriers only where two
 conflict, and cut so that no submit runs long. What changes from step to step (token ids, positions, cache slots, lengths, block
-tables) lies in a small parameter buffer that the host rewrites before each replay.
+tables) lies in a small parameter buffer that the host rewrites before each replay. On a CPU the layers of a single row are one
+dispatch each (see persistent.py); a step in which one of them gave up is run again, an op a dispatch.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,11 +26,13 @@ from vkllm.kernels import texel_format
 from vkllm.kv_cache import BlockTable, first_rows
 from vkllm.memory import fit
 from vkllm.packing import load_weights
+from vkllm.persistent import SYNC, Patience
 from vkllm.plan import ExpertLinear, Graph, Linear, Qkv
 from vkllm.rope import rope_table
 from vkllm.schedule import Barrier, Dispatch, Step, cut, order
 from vkllm.vk import Binding, Buffer, Device, Recording
 from vkllm.weights import check_weights, vector, weight_bytes
+from vkllm_codegen.persistent import GAVE_UP
 from vkllm_shaders.matmul.spec import NO_SLOT
 
 Watch = Callable[[str, NDArray[np.float32]], None]
@@ -93,12 +96,22 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """The command buffers of one bucket, what each holds, and the parameter buffer that all of them read."""
+    """The command buffers of one bucket, what each holds, and the buffers that the host writes before they run: the parameters,
+    and what persistent kernels count in, where there are any."""
 
     capacity: int
-    params: Buffer
+    buffers: Mapping[str, Buffer]
     recordings: tuple[Recording, ...]
     runs: tuple[tuple[Step, ...], ...]
+
+    @property
+    def params(self) -> Buffer:
+        return self.buffers["params"]
+
+    @property
+    def gave_up(self) -> bool:
+        """Did a persistent kernel of the last run give up, so that its results are worthless?"""
+        return SYNC in self.buffers and bool(self.buffers[SYNC].read(4, GAVE_UP * 4, np.uint32)[0])
 
     def dispatches(self, run: int) -> list[Dispatch]:
         """The dispatches of one of the recordings."""
@@ -126,7 +139,8 @@ class ModelChain:
             f"{fitted.needed / 2**20:.0f} MiB needed, {available / 2**20:.0f} MiB free; KV cache of {self.cache_tokens} tokens",
         )
         self._buffers: dict[str, Buffer] = {}
-        self._recorded: dict[tuple[int, int, bool, int], Recorded] = {}
+        self._recorded: dict[tuple[int, int, bool, int, bool], Recorded] = {}
+        self._patience = Patience()
         padded = self._lower.zeroed()
         for name, nbytes in self._lower.buffer_bytes(self.n_block).items():
             self._buffers[name] = self._zeroed(name, nbytes) if name in padded else self._buffer(name, nbytes)
@@ -135,7 +149,8 @@ class ModelChain:
     def close(self) -> None:
         """Free all device memory of the model."""
         for recorded in self._recorded.values():
-            recorded.params.free()
+            for buffer in recorded.buffers.values():
+                buffer.free()
         self._recorded.clear()
         for buffer in self._buffers.values():
             buffer.free()
@@ -157,7 +172,7 @@ class ModelChain:
         return sum(d.op.startswith("blk.") for d in self._decode_dispatches()) / self.graph.config.n_layer
 
     def _decode_dispatches(self) -> list[Dispatch]:
-        recorded = self._record(1, 1, watched=False)
+        recorded = self._record(1, 1, persistent=self._lower.n_together > 1)
         return [d for i in range(len(recorded.runs)) for d in recorded.dispatches(i)]
 
     def forward(self, rows: Rows, watch: Watch | None = None) -> Output:
@@ -165,7 +180,7 @@ class ModelChain:
 
         Raises: NonFiniteError: NaN or infinity in the result, naming the first op that made one; DeviceLostError.
         """
-        output = self._replay(rows, watch)
+        output = self._step(rows, watch)
         if watch is None and not self._finite(rows, output):
             self._name_non_finite(rows)
         return output
@@ -187,10 +202,7 @@ class ModelChain:
         or infinity are left out: `forward` names the op. Raises: DeviceLostError.
         """
         n_row, n_recorded = len(rows.token_ids), len(self._recorded)
-        recorded = self._record(self._bucket(n_row), self._bucket(n_row), watched=False, n_step=self.multi_step)
-        self._write_params(recorded, rows)
-        for recording in recorded.recordings:
-            recording.run()
+        recorded = self._run(rows, self._bucket(n_row), self._bucket(n_row), self.multi_step)
         self._trim(n_recorded)
         greedy = self._buffers["argmax"].read(self.multi_step * recorded.capacity * 16, dtype=np.uint32)
         found = greedy.reshape(self.multi_step, recorded.capacity, 4)[:, :n_row]
@@ -202,13 +214,33 @@ class ModelChain:
         if len(self._recorded) > n_recorded:
             self.device.trim()
 
-    def _replay(self, rows: Rows, watch: Watch | None) -> Output:
+    def _step(self, rows: Rows, watch: Watch | None) -> Output:
         n_row, n_out = len(rows.token_ids), len(rows.output_rows)
         if n_out > self.max_output:
             raise RequestError(f"logits of {n_out} rows in one step", hint=f"ask for {self.max_output} at most, in smaller steps")
         capacity, n_recorded = self._bucket(n_row), len(self._recorded)
         most = min(capacity, self.max_output)
-        recorded = self._record(capacity, min(self._bucket(n_out), most), watched=watch is not None)
+        self._run(rows, capacity, min(self._bucket(n_out), most), watch=watch)
+        self._trim(n_recorded)
+        greedy = self._buffers["argmax"].read(n_out * 16, dtype=np.uint32).reshape(n_out, 4)
+        return Output(greedy[:, 0], greedy[:, 2], lambda: self._rows_of(self.graph.logits, n_out))
+
+    def _run(self, rows: Rows, capacity: int, n_out: int, n_step: int = 1, watch: Watch | None = None) -> Recorded:
+        """Run a bucket's recording on these rows; again without persistent kernels if one gave up."""
+        whole = capacity > 1 or watch is not None or debug.LEVEL >= debug.DISPATCHES
+        persistent = not whole and self._lower.n_together > 1 and self._patience.ready()
+        recorded = self._record(capacity, n_out, watch is not None, n_step, persistent)
+        self._replay(recorded, rows, watch)
+        if persistent:
+            self._patience.told(recorded.gave_up)
+        if not recorded.gave_up:
+            return recorded
+        debug.log(debug.DEVICE, "a persistent kernel gave up waiting: the step is run again, an op a dispatch")
+        recorded = self._record(capacity, n_out, n_step=n_step)
+        self._replay(recorded, rows)
+        return recorded
+
+    def _replay(self, recorded: Recorded, rows: Rows, watch: Watch | None = None) -> None:
         self._write_params(recorded, rows)
         for i, recording in enumerate(recorded.recordings):
             recording.run()
@@ -216,10 +248,8 @@ class ModelChain:
                 self._log_times(recorded.dispatches(i), recording)
             if watch is not None and (name := self._lower.output_of(op := recorded.dispatches(i)[-1].op)) is not None:
                 buffer = self.graph.buffers[name]
+                n_out, n_row = len(rows.output_rows), len(rows.token_ids)
                 watch(op, self._rows_of(name, n_out if buffer.per_output else n_row * buffer.rows_per_token))
-        self._trim(n_recorded)
-        greedy = self._buffers["argmax"].read(n_out * 16, dtype=np.uint32).reshape(n_out, 4)
-        return Output(greedy[:, 0], greedy[:, 2], lambda: self._rows_of(self.graph.logits, n_out))
 
     def _log_times(self, dispatches: Sequence[Dispatch], recording: Recording) -> None:
         """µs and weight bandwidth of every dispatch of a recording's last run."""
@@ -253,7 +283,7 @@ class ModelChain:
             if not found and not np.isfinite(y).all():
                 found.append(op)
 
-        self._replay(rows, look)
+        self._step(rows, look)
         op = found[0] if found else self.graph.logits
         raise NonFiniteError(
             f"{op} produced NaN or infinity",
@@ -274,21 +304,29 @@ class ModelChain:
             params[field, :n] = values
         params[5, : len(rows.output_rows)] = rows.output_rows
         recorded.params.write(params.reshape(-1))
+        if SYNC in recorded.buffers:
+            sync = recorded.buffers[SYNC]
+            sync.write(np.zeros(sync.nbytes, np.uint8))
         self._buffers["block_table"].write(rows.blocks)
 
-    def _record(self, capacity: int, n_out: int, watched: bool, n_step: int = 1) -> Recorded:
-        """The recording of a bucket; made at its first use. `watched`: cut after every op; `n_step`: steps behind one another."""
-        key = (capacity, n_out, watched, n_step)
+    def _record(self, capacity: int, n_out: int, watched: bool = False, n_step: int = 1, persistent: bool = False) -> Recorded:
+        """The recording of a bucket; made at its first use. `watched`: cut after every op; `n_step`: steps behind one another;
+        `persistent`: with layers in one dispatch."""
+        key = (capacity, n_out, watched, n_step, persistent)
         if key not in self._recorded:
             self._recorded[key] = self._make_recording(*key)
         return self._recorded[key]
 
-    def _make_recording(self, capacity: int, n_out: int, watched: bool, n_step: int) -> Recorded:
-        params = self._zeroed("params", 6 * capacity * 4)
+    def _make_recording(self, capacity: int, n_out: int, watched: bool, n_step: int, persistent: bool) -> Recorded:
+        own = {"params": self._zeroed("params", 6 * capacity * 4)}
         if n_step > 1:
             dispatches = self._lower.steps(capacity, n_step)
         else:
             dispatches = [d for op in self.graph.ops for d in self._lower.dispatches(op, capacity, n_out)]
+        if persistent:
+            merged = self._lower.merged(dispatches)
+            dispatches = merged.dispatches
+            own |= {SYNC: self._zeroed(SYNC, merged.n_sync * 4)} if merged.n_sync else {}
         if watched:
             names = list(dict.fromkeys(d.op for d in dispatches))
             runs = [order(d for d in dispatches if d.op == name) for name in names]
@@ -298,10 +336,10 @@ class ModelChain:
         with ThreadPoolExecutor(os.cpu_count(), "compile") as pool:
             for _ in pool.map(lambda d: pipeline_of(self.device, d.kernel, self._lower.lanes), first_uses.values()):
                 pass
-        recordings = tuple(self._record_run(run, params) for run in runs)
-        return Recorded(capacity, params, recordings, tuple(tuple(run) for run in runs))
+        recordings = tuple(self._record_run(run, own) for run in runs)
+        return Recorded(capacity, own, recordings, tuple(tuple(run) for run in runs))
 
-    def _record_run(self, run: Sequence[Step], params: Buffer) -> Recording:
+    def _record_run(self, run: Sequence[Step], own: Mapping[str, Buffer]) -> Recording:
         timed = debug.LEVEL >= debug.DISPATCHES
         recording = self.device.recording(timestamps=len(run) + 1 if timed else 0)
         if timed:
@@ -313,7 +351,7 @@ class ModelChain:
                 continue
             debug.log(debug.PLAN, f"{step.op}: {step.kernel.name} {step.groups} on {', '.join(step.buffers)}")
             bindings = [
-                Binding(params if name == "params" else self._buffers[name], format=texel_format(b))
+                Binding(own.get(name) or self._buffers[name], format=texel_format(b))
                 for name, b in zip(step.buffers, step.kernel.bindings, strict=True)
             ]
             recording.dispatch(pipeline_of(self.device, step.kernel, self._lower.lanes), bindings, step.groups, step.push)
@@ -323,7 +361,7 @@ class ModelChain:
         return recording
 
     def _buffer(self, name: str, nbytes: int) -> Buffer:
-        return self.device.buffer(nbytes, host=name in ("params", "block_table", "argmax"), name=name)
+        return self.device.buffer(nbytes, host=name in ("params", "block_table", "argmax", SYNC), name=name)
 
     def _zeroed(self, name: str, nbytes: int) -> Buffer:
         buffer = self._buffer(name, nbytes)

@@ -360,6 +360,7 @@ class RuntimeConfig:
     one submit may run: drivers kill work that takes seconds, and pacing acts between submits. `schedule`: how kernels share work
     over lanes, by default what suits the kind of device (KERNELS: "lane_row" CPUs, "lane_chunk" GPUs).
     `multi_step`: decode steps in one submit when nobody waits for a token; "auto": 8 on GPUs, 1 on CPUs.
+    `persistent`: "auto" does the layers of a single decode step in one dispatch each, on CPUs; "off": an op in one.
     `weight_cache`: keep packed weights on disk, beside the pipelines, so that the next load maps them.
     """
 
@@ -376,6 +377,7 @@ class RuntimeConfig:
     submit_ms: float = 100.0
     speculate: Speculate = "auto"
     multi_step: int | Literal["auto"] = "auto"
+    persistent: Literal["auto", "off"] = "auto"
     progress: bool = False
     weight_cache: bool = True
 
@@ -388,6 +390,8 @@ class RuntimeConfig:
             raise ConfigError(f"speculate is {self.speculate!r}", hint=f"choose auto, off or 1 to {MAX_DRAFT} tokens")
         if self.multi_step != "auto" and (self.multi_step not in range(1, MAX_STEPS + 1) or isinstance(self.multi_step, bool)):
             raise ConfigError(f"multi_step is {self.multi_step!r}", hint=f"choose auto, or 1 to {MAX_STEPS} steps")
+        if self.persistent not in ("auto", "off"):
+            raise ConfigError(f"persistent is {self.persistent!r}", hint="choose auto or off")
         if not 0 < self.memory_share <= 1:
             raise ConfigError(f"memory_share is {self.memory_share!r}; expected a number up to 1", hint="leave it out for 0.9")
         if self.schedule not in get_args(Schedule):

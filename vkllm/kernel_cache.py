@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVarTuple
@@ -32,14 +32,32 @@ ARCHIVE = Path(__file__).with_name("kernels.zip")
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How a kernel is made: a factory and its arguments, which tell kernels apart by their repr."""
+
+    factory: Callable[..., Kernel]
+    args: tuple[object, ...]
+
+    def __repr__(self) -> str:
+        return f"{self.factory.__module__}.{self.factory.__qualname__}{self.args!r}"
+
+    def make(self) -> Kernel:
+        """The kernel, traced."""
+        return self.factory(*self.args)
+
+
+@dataclass(frozen=True)
 class CompiledKernel:
-    """What recording a kernel needs of it: its interface and its SPIR-V. The fields are those of `vkllm_codegen.Kernel`."""
+    """What recording a kernel needs of it: its interface and its SPIR-V. The fields are those of `vkllm_codegen.Kernel`; `recipe`
+    is there where a KernelCache made it."""
 
     name: str
     bindings: tuple[Binding, ...]
     push: tuple[tuple[str, DType, int], ...]
     features: frozenset[str]
     code: bytes = field(repr=False)
+    stage_size: int = 0
+    recipe: Recipe | None = field(default=None, repr=False, compare=False)
 
     @property
     def push_bytes(self) -> int:
@@ -64,11 +82,13 @@ class KernelCache:
 
     def get(self, factory: Callable[[*Args], Kernel], *args: *Args) -> CompiledKernel:
         """`factory(*args)`, compiled. Its arguments must tell kernels apart by their repr."""
-        key = key_of(factory, *args)
+        recipe = Recipe(factory, args)
+        key = repr(recipe)
         if key not in self._kernels:
             file = self.folder / _file_name(key)
             found = _load(file) if debug.LEVEL < debug.IR else None  # from there on every kernel is shown
-            self._kernels[key] = found or _save(file, self._shipped(file.name) or compiled(factory(*args)))
+            found = found or _save(file, self._shipped(file.name) or compiled(recipe.make()))
+            self._kernels[key] = replace(found, recipe=recipe)
         return self._kernels[key]
 
     def _shipped(self, name: str) -> CompiledKernel | None:
@@ -100,12 +120,8 @@ def pipeline_of(device: Device, kernel: CompiledKernel, lanes: int = 0) -> Pipel
     )
 
 
-def key_of(factory: Callable[[*Args], Kernel], *args: *Args) -> str:
-    return f"{factory.__module__}.{factory.__qualname__}{args!r}"
-
-
 def write_archive(file: Path, kernels: Mapping[str, CompiledKernel]) -> None:
-    """Write kernels, by their keys, for later starts of these very sources. Raises: OSError."""
+    """Write kernels, by the repr of their recipes, for later starts of these very sources. Raises: OSError."""
     from vkllm.kernel_archive import write
 
     by_name = sorted(kernels, key=lambda key: (kernels[key].name, key))
@@ -132,7 +148,7 @@ def compiled(kernel: Kernel) -> CompiledKernel:
         debug.log(debug.IR, kernel.ir())
     if debug.LEVEL >= debug.SPIRV:
         debug.log(debug.SPIRV, kernel.spvasm())
-    return CompiledKernel(kernel.name, kernel.bindings, kernel.push, kernel.features, kernel.spirv())
+    return CompiledKernel(kernel.name, kernel.bindings, kernel.push, kernel.features, kernel.spirv(), kernel.stage_size)
 
 
 def _save(file: Path, kernel: CompiledKernel) -> CompiledKernel:
@@ -154,6 +170,7 @@ def _encode(kernel: CompiledKernel) -> bytes:
         "bindings": [[b.name, b.kind, repr(b.dtype), b.access] for b in kernel.bindings],
         "push": [[name, repr(dtype), offset] for name, dtype, offset in kernel.push],
         "features": sorted(kernel.features),
+        "stage_size": kernel.stage_size,
     }
     body = json.dumps(header).encode() + b"\n" + kernel.code
     return _checksum(body) + b"\n" + body
@@ -173,7 +190,8 @@ def _decode(data: bytes) -> CompiledKernel | None:
         header = json.loads(line)
         bindings = tuple(Binding(name, kind, _dtype(dtype), access, ()) for name, kind, dtype, access in header["bindings"])
         push = tuple((name, _dtype(dtype), offset) for name, dtype, offset in header["push"])
-        return CompiledKernel(header["name"], bindings, push, frozenset(header["features"]), code)
+        features, stage_size = frozenset(header["features"]), int(header["stage_size"])
+        return CompiledKernel(header["name"], bindings, push, features, code, stage_size)
     except (ValueError, KeyError, AttributeError, TypeError):
         return None
 

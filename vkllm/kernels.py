@@ -7,7 +7,7 @@ push; this module knows what those names mean for each op.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
@@ -22,6 +22,7 @@ from vkllm.expand import device_nbytes, device_type
 from vkllm.files.model_file import ModelFile
 from vkllm.kernel_cache import CompiledKernel, KernelCache
 from vkllm.packing import Matrix
+from vkllm.persistent import Merged, merged
 from vkllm.plan import (
     Argmax,
     Attention,
@@ -40,7 +41,7 @@ from vkllm.plan import (
 )
 from vkllm.plan.records import plan_records
 from vkllm.schedule import Dispatch
-from vkllm.tuned import Choices, product_shapes, tuned
+from vkllm.tuned import Choices, driver_threads, product_shapes, tuned
 from vkllm.vk import DeviceInfo, DeviceLimits
 from vkllm.vk.types import Format as TexelFormat
 from vkllm_codegen import Binding as KernelBinding
@@ -90,6 +91,11 @@ class Product:
     push: dict[str, int | float]
     cost_us: float
 
+    @property
+    def turns(self) -> int:
+        """Turns of a workgroup's loops, at most, if it is not tiled."""
+        return self.spec.turns(int(self.push["n_chunk"]))
+
 
 class Lowering:
     """Turns a graph's ops into dispatches for one device. Pure: it allocates nothing."""
@@ -107,6 +113,9 @@ class Lowering:
         self.lanes, rows = self._choices.lanes or limits.subgroup_size, self._choices.rows
         self.layout = Layout("lane_row", self.lanes, rows) if lane_row else Layout("lane_chunk", 1, rows)
         self._limits, self._rate = limits, RATES.get(device.kind, DISCRETE_RATE)
+        # Workgroups of a persistent kernel: those that run at the same time.
+        wanted = device.kind == "cpu" and runtime.persistent == "auto" and self._choices.dispatches == "layer"
+        self.n_together = driver_threads() if wanted else 1
         self._kernels = KernelCache()
         self._row_order = cache(row_order)  # layers share them
 
@@ -273,6 +282,10 @@ class Lowering:
         (greedy,) = (op for op in self.graph.ops if isinstance(op, Argmax))
         return [d for i in range(n_step) for d in (*once, *self._greedy(greedy, n_row, i, n_step))]
 
+    def merged(self, dispatches: Iterable[Dispatch]) -> Merged:
+        """The same work with each layer's dispatches in persistent kernels, as far as they go together."""
+        return merged(dispatches, self._kernels, self.n_together, self._limits)
+
     def output_of(self, op_name: str) -> str | None:
         """The row buffer that an op writes; None for the greedy choice."""
         op = next(op for op in self.graph.ops if op.name == op_name)
@@ -286,12 +299,11 @@ class Lowering:
         push: Mapping[str, int | float],
         groups: tuple[int, int, int],
         cost_us: float,
+        turns: int | None = None,
     ) -> Dispatch:
         """A dispatch of a kernel that finds what it binds and pushes by name."""
-        values = {name: push[name] for name, _, _ in kernel.push}
-        return Dispatch(
-            op.name, kernel, tuple(buffers[b.name] for b in kernel.bindings), kernel.pack_push(**values), groups, cost_us
-        )
+        data = kernel.pack_push(**{name: push[name] for name, _, _ in kernel.push})
+        return Dispatch(op.name, kernel, tuple(buffers[b.name] for b in kernel.bindings), data, groups, cost_us, turns)
 
     def _embed(self, op: Embed, n_row: int) -> Dispatch:
         (matrix,) = self._by_op[op.name]
@@ -349,7 +361,7 @@ class Lowering:
         push |= {"capacity": n_row}
         rows = n_out if gathers else n_row * self.graph.buffers[op.x].rows_per_token
         kernel = self._kernels.get(to_records, op.norm is not None, gathers)
-        return [self._make(op, kernel, buffers, push, (rows, 1, 1), 10.0 + rows)]
+        return [self._make(op, kernel, buffers, push, (rows, 1, 1), 10.0 + rows, n_group(n_col))]
 
     def _matmul(
         self,
@@ -369,7 +381,7 @@ class Lowering:
         """A product as a dispatch of its own."""
         kernel = self._kernels.get(gemm, product.tiled) if product.tiled else self._kernels.get(matmul, product.spec)
         groups = (product.tiled or product.spec).groups(product.n_packed, n_row)
-        return self._make(op, kernel, product.buffers, product.push, groups, product.cost_us)
+        return self._make(op, kernel, product.buffers, product.push, groups, product.cost_us, product.turns)
 
     def _pair(self, op: Qkv, first: Product, second: Product, n_row: int) -> Dispatch:
         """Two products of one x, of two formats, in one dispatch."""
@@ -379,7 +391,8 @@ class Lowering:
         n_first = first.spec.groups(first.n_packed, n_row)[first.spec.row_axis]
         kernel = self._kernels.get(matmul_pair, first.spec, second.spec)
         push = first.push | own_push | {"n_first": n_first}
-        return self._make(op, kernel, first.buffers | own_buffers, push, groups, first.cost_us + second.cost_us)
+        cost_us, turns = first.cost_us + second.cost_us, first.turns + second.turns
+        return self._make(op, kernel, first.buffers | own_buffers, push, groups, cost_us, turns)
 
     def _product(
         self,
@@ -496,7 +509,7 @@ class Lowering:
         push: dict[str, int | float] = {"n_head": c.n_head, "n_kv_head": c.n_kv_head, "x_stride": self.stride("qkv") // 4}
         push |= {"block_size": self.runtime.block_size, "capacity": n_row, "eps": c.rms_norm_eps}
         groups = (c.n_head + 2 * c.n_kv_head, n_row, 1)
-        return self._make(op, self._kernels.get(heads, spec), buffers, push, groups, 10.0 + n_row)
+        return self._make(op, self._kernels.get(heads, spec), buffers, push, groups, 10.0 + n_row, c.head_dim)
 
     def _route(self, op: Route, n_row: int) -> list[Dispatch]:
         """Choose the experts; where many rows choose, put those of one expert together in tiles."""
@@ -504,7 +517,7 @@ class Lowering:
         spec = RouteSpec(c.n_expert, c.n_expert_used, softmax_of, self.lanes)  # type: ignore[arg-type]
         buffers = {"logits": op.logits, "ids": op.ids, "weights": op.y}
         push = {"x_stride": self.stride(op.logits)}
-        chosen = self._make(op, self._kernels.get(route, spec), buffers, push, (n_row, 1, 1), 10.0)
+        chosen = self._make(op, self._kernels.get(route, spec), buffers, push, (n_row, 1, 1), 10.0, c.n_expert_used)
         n_y = n_row * c.n_expert_used
         if not self._tiles_experts(n_y):
             return [chosen]
@@ -563,7 +576,8 @@ class Lowering:
         cost_us = 2 * n_row * c.n_head * c.head_dim * min(op.window or self.n_ctx, self.n_ctx) / self._rate[1]
         if self.n_split == 1 or n_row * c.n_kv_head >= FILLING:
             kernel = self._kernels.get(direct, spec)
-            return [self._make(op, kernel, buffers | told | {"out": op.y}, push | more, (1, c.n_kv_head, n_row), cost_us)]
+            groups, turns = (1, c.n_kv_head, n_row), self.n_ctx // spec.turn + 1
+            return [self._make(op, kernel, buffers | told | {"out": op.y}, push | more, groups, cost_us, turns)]
         parts, merge = self._kernels.get(partial, spec), self._kernels.get(combine, spec)
         merging = {"partials": "partials", "params": "params", "out": op.y} | ({"sinks": op.sinks} if op.sinks else {})
         counts = {"n_token": n_row, "n_split": self.n_split, "n_head": c.n_head, "window": op.window}

@@ -1,15 +1,15 @@
 """Where the time of a step goes: every dispatch and barrier by the device's own clock, and the host's work beside it.
 
 A chain on a device that stamps the time after every command; nothing else about the chain changes. The stamps cost time
-themselves (lavapipe ends the command before each one, and on GPUs neighbours overlap less), so a profile says what share each
-kernel has; how long a token takes, `vkllm bench` says.
+themselves (lavapipe ends the command before each one, and on GPUs neighbours overlap less), and there are no persistent kernels,
+so a profile says what share each kernel has; how long a token takes, `vkllm bench` says.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -245,10 +245,10 @@ class ProfiledChain(ModelChain):
         with self._timed.span("write parameters"):
             super()._write_params(recorded, rows)
 
-    def _record_run(self, run: Sequence[Step], params: Buffer) -> Recording:
+    def _record_run(self, run: Sequence[Step], own: Mapping[str, Buffer]) -> Recording:
         self._timed.n_step = len(run)
         try:
-            recording = super()._record_run(run, params)
+            recording = super()._record_run(run, own)
         finally:
             self._timed.n_step = 0
         assert isinstance(recording, TimedRecording)
@@ -282,7 +282,7 @@ def profile(
             )
         device = ProfiledDevice(choose_device(list_devices(), runtime.device))
         try:
-            chain = ProfiledChain(device, file, replace(runtime, n_ctx=n_ctx))
+            chain = ProfiledChain(device, file, replace(runtime, n_ctx=n_ctx, persistent="off"))
             try:
                 steps = _run(chain, ids, n_decode, Sampler(sampling or SamplingParams(temperature=0.0)), tell)
                 name, info = config.name or model, device.info

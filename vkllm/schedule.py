@@ -18,7 +18,8 @@ Command = TypeVar("Command")
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """One kernel on named buffers. `cost_us` is a rough estimate of its time, for bounding submits."""
+    """One kernel on named buffers. `cost_us` is a rough estimate of its time, for bounding submits; `turns`: of the loops of a
+    workgroup, at most (None: nobody knows)."""
 
     op: str
     kernel: CompiledKernel
@@ -26,6 +27,7 @@ class Dispatch:
     push: bytes
     groups: tuple[int, int, int]
     cost_us: float = 0.0
+    turns: int | None = None
 
     @property
     def reads(self) -> frozenset[str]:

@@ -49,7 +49,8 @@ class Choices:
     that a workgroup takes together in decode, where there are enough of them. `attention_tile`: positions a turn (0: one a lane).
     `split`: positions a workgroup of split attention. `dequantize`: where a GPU's products of many tokens do that: in "shared"
     memory, once a workgroup (a tiled GEMM, on cooperative matrices where there are any), or each subgroup in its registers.
-    `lanes`: subgroup size, where a device has several (0: its usual one). `activations`: what "auto" means for this model.
+    `lanes`: subgroup size, where a device has several (0: its usual one). `dispatches`: what a dispatch of a decode step does, an
+    op or as much of a "layer" as one kernel can (vkllm/persistent.py). `activations`: what "auto" means for this model.
     """
 
     rows: int = 4
@@ -59,6 +60,7 @@ class Choices:
     split: int = 512
     dequantize: Literal["shared", "registers"] = "shared"
     lanes: int = 0
+    dispatches: Literal["op", "layer"] = "op"
     activations: Literal["f32", "int8"] = "f32"
 
     def layout(self, fmt: str, lane_row: bool, lanes: int, integers: bool) -> Layout:
@@ -91,6 +93,7 @@ ALLOWED: dict[str, tuple[object, ...]] = {
     "split": (128, 256, 512, 1024, 2048),
     "dequantize": ("shared", "registers"),
     "lanes": (0, 4, 8, 16, 32, 64, 128),
+    "dispatches": ("op", "layer"),
     "activations": ("f32", "int8"),
 }
 
@@ -104,7 +107,7 @@ def subgroup_sizes(limits: DeviceLimits) -> tuple[int, ...]:
 
 def default_choices(lane_row: bool) -> Choices:
     """What was measured to be good for a class of devices: lane_row is for CPUs."""
-    return Choices(tile=8, activations="int8") if lane_row else Choices()
+    return Choices(tile=8, dispatches="layer", activations="int8") if lane_row else Choices()
 
 
 def product_shapes(graph: Graph, types: Mapping[str, str]) -> Counter[Shape]:

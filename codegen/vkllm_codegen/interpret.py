@@ -221,6 +221,9 @@ class _Run:
         if (arrived.any(1) != arrived.all(1)).any():
             self.fail(op, "a barrier that only part of a workgroup reaches", "move it out of divergent control flow")
 
+    def fence(self, op: Op) -> None:
+        """Invocations run in lock step, and all see one memory."""
+
     # memory
 
     def positions(self, op: Op, index: Op, length: int, what: str) -> Array:
@@ -534,7 +537,8 @@ EXECUTE: dict[OpCode, Callable[[_Run, Op], Array | None]] = {
     OpCode.CAST: _Run.cast, OpCode.BITCAST: _Run.bitcast, OpCode.VEC: _Run.vec, OpCode.EXTRACT: _Run.extract,
     OpCode.EXTRACT_DYN: _Run.extract_dyn, OpCode.SELECT: _Run.select, OpCode.BIT_EXTRACT: _Run.bit_extract,
     OpCode.UNIFORM: _Run.uniform, OpCode.RANGE: _Run.range, OpCode.LOOP: _Run.loop, OpCode.IF: _Run.branch,
-    OpCode.BREAK_IF: _Run.break_if, OpCode.BARRIER: _Run.barrier, OpCode.BUF_LOAD: _Run.load, OpCode.TEXEL_LOAD: _Run.load,
+    OpCode.BREAK_IF: _Run.break_if, OpCode.BARRIER: _Run.barrier, OpCode.FENCE: _Run.fence,
+    OpCode.BUF_LOAD: _Run.load, OpCode.TEXEL_LOAD: _Run.load,
     OpCode.BUF_STORE: _Run.store, OpCode.VAR: _Run.var, OpCode.VAR_LOAD: _Run.var_load, OpCode.VAR_STORE: _Run.var_store,
     OpCode.ARRAY: _Run.array, OpCode.SHARED: _Run.shared,
     **dict.fromkeys((OpCode.ARRAY_LOAD, OpCode.SHARED_LOAD), _Run.slot_load),

@@ -50,7 +50,7 @@ class OpCode(StrEnum):
     SHARED_LOAD, SHARED_STORE = "shared_load", "shared_store"
     BUF_LOAD, BUF_STORE, TEXEL_LOAD = "buf_load", "buf_store", "texel_load"
     ATOMIC_ADD, ATOMIC_MAX, ATOMIC_MIN = "atomic_add", "atomic_max", "atomic_min"
-    BARRIER = "barrier"
+    BARRIER, FENCE = "barrier", "fence"
     # cooperative matrices; loads and stores: arg = (binding or None for shared memory, row major)
     COOP_FILL, COOP_LOAD, COOP_STORE, COOP_MULADD = "coop_fill", "coop_load", "coop_store", "coop_muladd"
     # control; RANGE(start, stop, step) with arg = unroll
@@ -69,7 +69,7 @@ LOADS = frozenset({OpCode.VAR_LOAD, OpCode.ARRAY_LOAD, OpCode.SHARED_LOAD, OpCod
 ATOMICS = frozenset({OpCode.ATOMIC_ADD, OpCode.ATOMIC_MAX, OpCode.ATOMIC_MIN})
 EFFECTS = ATOMICS | {
     OpCode.VAR_STORE, OpCode.ARRAY_STORE, OpCode.SHARED_STORE, OpCode.BUF_STORE, OpCode.COOP_STORE,
-    OpCode.BARRIER, OpCode.BREAK_IF,
+    OpCode.BARRIER, OpCode.FENCE, OpCode.BREAK_IF,
 }  # fmt: skip
 COOPERATIVE = frozenset({OpCode.COOP_FILL, OpCode.COOP_MULADD})  # pure, but all lanes of a subgroup must compute them
 PURE = frozenset(OpCode) - COOPERATIVE - LEAVES - DECLARATIONS - CONTROL - SUBGROUP - LOADS - EFFECTS - {OpCode.INDEX}
@@ -106,7 +106,8 @@ class Region:
 class Binding:
     """A buffer of a kernel. kind: "storage", "texel" (storage texel buffer) or "uniform_texel"; access: "read|write|readwrite".
 
-    `dims` are the declared dimensions, slowest first: ints or names of push or specialization constants.
+    `dims` are the declared dimensions, slowest first: ints or names of push or specialization constants. coherent: workgroups see
+    each other's writes behind fences.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Binding:
     dtype: DType
     access: str
     dims: tuple[int | str, ...] = ()
+    coherent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -342,7 +342,7 @@ class Device:
         Raises: MissingFeatureError: the device lacks one of `features`, or cannot give the subgroup size.
         """
         key = (spirv, kinds, push_bytes, spec, required_subgroup_size)
-        self._check_pipeline(kernel_name, push_bytes, required_subgroup_size, features)
+        self._check_pipeline(kernel_name, kinds, push_bytes, required_subgroup_size, features)
         found = self._pipelines.get(key)
         if found is None:  # several threads may compile at once; of two that compile the same, the first one's counts
             with self._calls(f"compiling {kernel_name}"):
@@ -352,8 +352,16 @@ class Device:
             found = self._pipelines.setdefault(key, Pipeline(kernel_name, kinds, push_bytes, native))
         return found
 
-    def _check_pipeline(self, name: str, push_bytes: int, subgroup: int | None, features: frozenset[str]) -> None:
+    def _check_pipeline(
+        self, name: str, kinds: tuple[str, ...], push_bytes: int, subgroup: int | None, features: frozenset[str]
+    ) -> None:
         limits = self.limits
+        for kind, most in (("storage", limits.max_storage_buffers), ("texel", limits.max_texel_buffers)):
+            if kinds.count(kind) > most:
+                raise MissingFeatureError(
+                    f"{name} binds {kinds.count(kind)} {kind} buffers; {self.info.name} has {most}",
+                    "choose another device (--device)",
+                )
         if missing := features - limits.features:
             raise MissingFeatureError(
                 f"{name} needs {', '.join(sorted(missing))}, which {self.info.name} lacks", "choose another device (--device)"

@@ -32,6 +32,8 @@ class DeviceLimits:
     max_storage_buffer_range: int
     max_texel_elements: int
     max_push_bytes: int
+    max_storage_buffers: int  # of a kernel
+    max_texel_buffers: int
     max_shared_bytes: int
     max_workgroup_invocations: int
     max_workgroup_count: tuple[int, int, int]
@@ -48,12 +50,14 @@ class DeviceLimits:
     import_alignment: int = 0  # of host memory that buffers can lie in; 0: none can
 
 
-# What Vulkan 1.1 guarantees, with the features that the kernels use everywhere. One exception: Vulkan guarantees 65,536 texels,
-# but drivers of real computers offer 2**27 or more, and the schedules count on it.
+# What Vulkan 1.1 guarantees, with the features that the kernels use everywhere. Two exceptions: Vulkan guarantees 65,536 texels
+# and 4 buffers of a kind, but drivers of real computers offer 2**27 or more and 8 or more, and the schedules count on it.
 MINIMUM_LIMITS = DeviceLimits(
     max_storage_buffer_range=1 << 27,
     max_texel_elements=1 << 27,
     max_push_bytes=128,
+    max_storage_buffers=8,
+    max_texel_buffers=8,
     max_shared_bytes=16384,
     max_workgroup_invocations=128,
     max_workgroup_count=(65535, 65535, 65535),

@@ -88,12 +88,13 @@ class _Writer:
 
     def binding(self, number: int, binding: Binding) -> str:
         name, place = self.buffers[number], f"set = 0, binding = {number}"
+        coherent = "coherent " if binding.coherent else ""
         if binding.kind == "storage":
-            access = {"read": "readonly ", "write": "writeonly "}.get(binding.access, "")
+            access = coherent + {"read": "readonly ", "write": "writeonly "}.get(binding.access, "")
             return f"layout({place}, std430) {access}buffer Buffer_{number} {{ {type_name(binding.dtype)} {name}[]; }};"
         kind = {"float": "", "int": "i", "uint": "u"}[binding.dtype.kind]
         if binding.kind == "texel":
-            return f"layout({place}, {TEXEL_LAYOUTS[repr(binding.dtype)]}) readonly uniform {kind}imageBuffer {name};"
+            return f"layout({place}, {TEXEL_LAYOUTS[repr(binding.dtype)]}) {coherent}readonly uniform {kind}imageBuffer {name};"
         return f"layout({place}) uniform {kind}samplerBuffer {name};"
 
     def shared_memory(self) -> None:
@@ -188,6 +189,9 @@ class _Writer:
     def barrier(self, op: Op) -> None:
         self.line(f"memoryBarrierBuffer(); memoryBarrierShared(); barrier();{f'  // {op.arg}' if op.arg else ''}")
 
+    def fence(self, op: Op) -> None:
+        self.line(f"memoryBarrier();{f'  // {op.arg}' if op.arg else ''}")
+
     def range(self, op: Op) -> None:
         index = op.regions[0].index
         assert index is not None and index.dtype is not None
@@ -271,7 +275,8 @@ HANDLERS: dict[OpCode, Callable[[_Writer, Op], None]] = {
     **dict.fromkeys((OpCode.ARRAY_STORE, OpCode.SHARED_STORE), _Writer.element_store),
     OpCode.BUF_LOAD: _Writer.buf_load, OpCode.BUF_STORE: _Writer.buf_store, OpCode.TEXEL_LOAD: _Writer.texel_load,
     **dict.fromkeys((OpCode.ATOMIC_ADD, OpCode.ATOMIC_MAX, OpCode.ATOMIC_MIN), _Writer.atomic),
-    OpCode.BARRIER: _Writer.barrier, OpCode.RANGE: _Writer.range, OpCode.LOOP: _Writer.loop, OpCode.IF: _Writer.branch,
+    OpCode.BARRIER: _Writer.barrier, OpCode.FENCE: _Writer.fence,
+    OpCode.RANGE: _Writer.range, OpCode.LOOP: _Writer.loop, OpCode.IF: _Writer.branch,
     OpCode.BREAK_IF: _Writer.break_if, OpCode.COOP_FILL: _Writer.coop_fill, OpCode.COOP_LOAD: _Writer.coop_load,
     OpCode.COOP_STORE: _Writer.coop_store, OpCode.COOP_MULADD: _Writer.coop_muladd,
 }  # fmt: skip

@@ -18,7 +18,9 @@ from .module import GLSL_STD_450, OPCODES, VALUES, Module, string_words
 NONE = 0
 SEMANTICS = VALUES["MemorySemantics"]
 BARRIER_SEMANTICS = SEMANTICS["AcquireRelease"] | SEMANTICS["UniformMemory"] | SEMANTICS["WorkgroupMemory"]
-VULKAN_BARRIER_SEMANTICS = BARRIER_SEMANTICS | SEMANTICS["MakeAvailable"] | SEMANTICS["MakeVisible"]
+FENCE_SEMANTICS = SEMANTICS["AcquireRelease"] | SEMANTICS["UniformMemory"] | SEMANTICS["ImageMemory"]
+VISIBLE = SEMANTICS["MakeAvailable"] | SEMANTICS["MakeVisible"]
+VULKAN_BARRIER_SEMANTICS, VULKAN_FENCE_SEMANTICS = BARRIER_SEMANTICS | VISIBLE, FENCE_SEMANTICS | VISIBLE
 SIGNED_OPERANDS = ("MatrixASigned", "MatrixBSigned", "MatrixCSigned", "MatrixResultSigned")
 
 
@@ -265,6 +267,11 @@ class _Function:
         semantics = VULKAN_BARRIER_SEMANTICS if self.vulkan_memory else BARRIER_SEMANTICS
         self.put("ControlBarrier", scope, scope, self.m.constant(u32, semantics))
 
+    def fence(self, op: Op) -> None:
+        scope = VALUES["Scope"]["QueueFamily" if self.vulkan_memory else "Device"]
+        semantics = VULKAN_FENCE_SEMANTICS if self.vulkan_memory else FENCE_SEMANTICS
+        self.put("MemoryBarrier", self.m.constant(u32, scope), self.m.constant(u32, semantics))
+
     # cooperative matrices
 
     def coop_fill(self, op: Op) -> int:
@@ -388,6 +395,7 @@ HANDLERS: dict[OpCode, Handler] = {
     OpCode.BUF_STORE: _Function.buf_store,
     OpCode.TEXEL_LOAD: _Function.texel_load,
     OpCode.BARRIER: _Function.barrier,
+    OpCode.FENCE: _Function.fence,
     OpCode.COOP_FILL: _Function.coop_fill,
     OpCode.COOP_LOAD: _Function.coop_load,
     OpCode.COOP_STORE: _Function.coop_store,

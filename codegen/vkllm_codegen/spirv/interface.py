@@ -123,6 +123,8 @@ class Interface:
     def _bind(self, number: int, variable: int) -> None:
         self.m.decorate(variable, "DescriptorSet", 0)
         self.m.decorate(variable, "Binding", number)
+        if self.program.bindings[number].coherent:
+            self.m.decorate(variable, "Coherent")
 
     def storage_buffer(self, number: int) -> int:
         """The variable of a storage buffer."""

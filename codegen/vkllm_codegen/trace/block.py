@@ -37,6 +37,10 @@ class Block:
         """Record an operation without a result."""
         self._ops.append(Op(code, None, src, arg, (), caller()))
 
+    def splice(self, region: Region) -> None:
+        """Record another region's operations here, as they are."""
+        self._ops += region.ops
+
     def finish(self) -> Region:
         """The body recorded so far."""
         return Region((*self._shared, *self._ops))
@@ -434,6 +438,11 @@ class Block:
     def barrier(self, why: str = "") -> None:
         """All invocations of the workgroup arrive, and see each other's writes to shared memory and buffers."""
         self.effect(OpCode.BARRIER, (), why)
+
+    def fence(self, why: str = "") -> None:
+        """Buffers before and after: who sees what this invocation writes after it sees what it wrote before, and the other way
+        round."""
+        self.effect(OpCode.FENCE, (), why)
 
     def assume_uniform(self, value: Value) -> Value:
         """The same value, promised to be equal in all invocations of the workgroup (the verifier then trusts it)."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from ..ir import Binding, OpCode, Program, leaf
+from ..ir import Binding, OpCode, Program, leaf, walk
 from ..types import DType, boolean, f32, i32, u32
 from .block import Block
 from .value import Buffer, Value, fail
 
 MAX_PUSH_BYTES = 128
+UNSTAGEABLE = frozenset({OpCode.SPEC, OpCode.SHARED, OpCode.BARRIER, OpCode.FENCE, OpCode.COOP_LOAD, OpCode.COOP_STORE})
 Dim = int | str
 Body = Callable[[Block, dict[str, Buffer], dict[str, Value]], object]
 
@@ -78,6 +80,14 @@ class Kernel:
     def local_size(self) -> tuple[int, int, int]:
         """The workgroup size with specialization constants at their defaults."""
         return self.program.default_local_size
+
+    @cached_property
+    def stage_size(self) -> int:
+        """Invocations of a workgroup, where it can be a stage of a persistent kernel (see persistent.py); else 0."""
+        first, y, z = self.local_size
+        used = [x for op in walk(self.program.body) for x in (op, *op.src)]
+        ok = y == z == 1 and not any(x.code in UNSTAGEABLE or x.arg == ("global_id", 0) for x in used)
+        return first if ok else 0
 
     @cached_property
     def _module(self) -> bytes:
@@ -176,7 +186,7 @@ def trace(
     Bindings are numbered in order, specialization constants too. `parameters` holds push and specialization constants.
     Raises: TraceError: the body broke a rule of the language. VerifyError: the recorded program is not valid.
     """
-    named = tuple(Binding(n, b.kind, b.dtype, b.access, b.dims) for n, b in bindings.items())
+    named = tuple(replace(b, name=n) for n, b in bindings.items())
     constants = {n: (i, _spec_type(default), default) for i, (n, default) in enumerate(spec.items())}
     program = Program(name, named, _layout_push(push), constants, _local_size(local_size, spec), doc=doc)
     block = Block(program)

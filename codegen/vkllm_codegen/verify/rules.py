@@ -248,6 +248,7 @@ RULES: dict[OpCode, tuple[Rule, ...]] = {
     O.TEXEL_LOAD: (operands(1), operand_type(0, *INDEX_TYPES)),
     **dict.fromkeys(ATOMICS, (operands(2), operand_type(0, *INDEX_TYPES), operand_type(1, *INDEX_TYPES), same_type(1))),
     O.BARRIER: (operands(0), no_result),
+    O.FENCE: (operands(0), no_result),
     O.COOP_FILL: (operands(1), matrix_element),
     O.COOP_LOAD: (operands(2, 3), a_matrix),
     O.COOP_STORE: (operands(3, 4), a_matrix, no_result),

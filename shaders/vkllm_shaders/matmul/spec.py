@@ -7,7 +7,7 @@ from typing import Literal
 
 from vkllm_codegen import Binding, DType, f16, f32, f32x4, read, readwrite, texel, u32, u32x4, write
 from vkllm_codegen.errors import KernelError
-from vkllm_shaders.formats import Layout, coded_of
+from vkllm_shaders.formats import Layout, coded_of, format_of
 
 NO_SLOT = 0xFFFFFFFF
 ALIGN_COLUMNS = 64  # rows of x are padded with zeros to a multiple of this
@@ -136,6 +136,11 @@ class MatmulSpec:
         together = self.side_by_side if self.on_lavapipe else self.subgroups
         counts = -(-n_group // together), -(-n_token // self.tile)
         return counts[self.row_axis], counts[1 - self.row_axis], 1
+
+    def turns(self, n_chunk: int) -> int:
+        """Turns of a workgroup's loops, at most."""
+        steps = coded_of(self.fmt).steps if self.from_records else format_of(self.fmt).steps
+        return n_chunk * (1 + steps)
 
     @property
     def row_axis(self) -> int:

@@ -15,6 +15,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 
@@ -174,6 +175,8 @@ describe(VkInstance instance, VkPhysicalDevice device)
     d["max_texel_elements"] = limits.maxTexelBufferElements;
     d["max_buffer_bytes"] = maintenance.maxMemoryAllocationSize;
     d["max_push_bytes"] = limits.maxPushConstantsSize;
+    d["max_storage_buffers"] = std::min(limits.maxPerStageDescriptorStorageBuffers, limits.maxDescriptorSetStorageBuffers);
+    d["max_texel_buffers"] = std::min(limits.maxPerStageDescriptorStorageImages, limits.maxDescriptorSetStorageImages);
     d["max_shared_bytes"] = limits.maxComputeSharedMemorySize;
     d["max_workgroup_invocations"] = limits.maxComputeWorkGroupInvocations;
     d["max_workgroup_count"] = nb::make_tuple(limits.maxComputeWorkGroupCount[0], limits.maxComputeWorkGroupCount[1], limits.maxComputeWorkGroupCount[2]);
