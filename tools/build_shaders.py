@@ -26,7 +26,7 @@ from rich.progress import track
 from vkllm.config import ModelConfig, RuntimeConfig
 from vkllm.files.model_file import ModelFile, TensorInfo
 from vkllm.files.types import TYPES
-from vkllm.kernel_cache import ARCHIVE, CompiledKernel, KernelCache, key_of, write_archive
+from vkllm.kernel_cache import ARCHIVE, CompiledKernel, KernelCache, Recipe, write_archive
 from vkllm.kernels import Lowering
 from vkllm.models import build_graph
 from vkllm.plan import Graph
@@ -86,6 +86,8 @@ def device(kind: DeviceKind, subgroup: int, shared: int, coop: bool = False) -> 
         MINIMUM_LIMITS,
         max_storage_buffer_range=(1 << 32) - 1 if kind != "cpu" else MINIMUM_LIMITS.max_storage_buffer_range,
         max_shared_bytes=shared,
+        max_storage_buffers=32,
+        max_texel_buffers=64,
         max_workgroup_invocations=1024,
         subgroup_size=subgroup,
         features=MINIMUM_LIMITS.features
@@ -104,15 +106,19 @@ DEVICES = (
 
 
 class Asked(KernelCache):
-    """Makes no kernel, but notes what was asked for: by key, a factory and its arguments."""
+    """Makes no kernel, but notes what was asked for, by key. `known`: kernels that are there, which others may be made of."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Mapping[str, CompiledKernel]) -> None:
         super().__init__()
-        self.asked: dict[str, tuple[Any, ...]] = {}
+        self.known, self.asked = known, dict[str, Recipe]()
 
     def get(self, factory: Callable[..., Kernel], *args: Any) -> CompiledKernel:  # type: ignore[override]
-        self.asked[key_of(factory, *args)] = (factory, *args)
-        return CompiledKernel("", (), (), frozenset(), b"")
+        recipe = Recipe(factory, args)
+        self.asked[repr(recipe)] = recipe
+        return self.known.get(repr(recipe), NOTHING)
+
+
+NOTHING = CompiledKernel("", (), (), frozenset(), b"")
 
 
 class Planned(Lowering):
@@ -126,8 +132,9 @@ class Planned(Lowering):
         """All dispatches of all recordings of a single sequence: a token, and prompts up to a whole chunk."""
         for n_row in (1 << i for i in range(self.capacity.bit_length())):
             for n_out in {0, 1} if n_row > 1 else {1}:
-                for op in self.graph.ops:
-                    self.dispatches(op, n_row, n_out)
+                dispatches = [d for op in self.graph.ops for d in self.dispatches(op, n_row, n_out)]
+                if n_row == 1 and all(d.kernel.recipe for d in dispatches):
+                    self.merged(dispatches)
 
 
 def file_of(graph: Graph, shape: Shape, mix: str) -> ModelFile:
@@ -143,9 +150,9 @@ def file_of(graph: Graph, shape: Shape, mix: str) -> ModelFile:
     return cast(ModelFile, SimpleNamespace(tensors=tensors))
 
 
-def wanted() -> dict[str, tuple[Any, ...]]:
-    """How each kernel is made, by its key: a factory and its arguments."""
-    asked = Asked()
+def wanted(known: Mapping[str, CompiledKernel]) -> dict[str, Recipe]:
+    """How each kernel is made, by its key; with those that are made of others, as far as these are known."""
+    asked = Asked(known)
     for shape in MODELS:
         graph = shape.graph()
         for mix in MIXES:
@@ -154,9 +161,9 @@ def wanted() -> dict[str, tuple[Any, ...]]:
     return asked.asked
 
 
-def made(call: tuple[Any, ...]) -> CompiledKernel:
+def made(recipe: Recipe) -> CompiledKernel:
     """From the user's cache where it is there, else traced."""
-    return KernelCache().get(*call)
+    return KernelCache().get(recipe.factory, *recipe.args)
 
 
 def described(kernel: CompiledKernel) -> str:
@@ -190,11 +197,13 @@ def text_of(kernels: Mapping[str, CompiledKernel]) -> str:
 
 
 def main(check: bool) -> int:
-    calls = wanted()
-    with ProcessPoolExecutor() as pool:
-        compiled = pool.map(made, calls.values(), chunksize=4)
-        bar = track(zip(calls, compiled, strict=True), "kernels", len(calls), console=Console(stderr=True), transient=True)
-        kernels = dict(bar)
+    kernels: dict[str, CompiledKernel] = {}
+    for what in ("kernels", "persistent kernels"):
+        recipes = {key: recipe for key, recipe in wanted(kernels).items() if key not in kernels}
+        with ProcessPoolExecutor() as pool:
+            compiled = pool.map(made, recipes.values(), chunksize=4)
+            bar = track(zip(recipes, compiled, strict=True), what, len(recipes), console=Console(stderr=True), transient=True)
+            kernels |= dict(bar)
     text = text_of(kernels)
     if check:
         same = TEXT.exists() and TEXT.read_text() == text

@@ -23,7 +23,7 @@ VectorTimesScalar LogicalEqual LogicalNotEqual LogicalOr LogicalAnd LogicalNot I
 UGreaterThan SGreaterThan UGreaterThanEqual SGreaterThanEqual ULessThan SLessThan ULessThanEqual SLessThanEqual
 FOrdEqual FUnordNotEqual FOrdLessThan FOrdGreaterThan FOrdLessThanEqual FOrdGreaterThanEqual IsNan IsInf
 ShiftRightLogical ShiftRightArithmetic ShiftLeftLogical BitwiseOr BitwiseXor BitwiseAnd Not
-BitFieldSExtract BitFieldUExtract ControlBarrier AtomicIAdd AtomicSMin AtomicUMin AtomicSMax AtomicUMax
+BitFieldSExtract BitFieldUExtract ControlBarrier MemoryBarrier AtomicIAdd AtomicSMin AtomicUMin AtomicSMax AtomicUMax
 Phi LoopMerge SelectionMerge Label Branch BranchConditional Return
 GroupNonUniformElect GroupNonUniformAll GroupNonUniformAny GroupNonUniformBroadcast GroupNonUniformShuffle
 GroupNonUniformShuffleXor GroupNonUniformIAdd GroupNonUniformFAdd GroupNonUniformSMin GroupNonUniformUMin
@@ -34,7 +34,7 @@ ENUMS = {
     "Capability": """Shader Float16 Int8 Int16 StorageBuffer16BitAccess StorageBuffer8BitAccess ImageBuffer SampledBuffer
         StorageImageExtendedFormats GroupNonUniform GroupNonUniformVote GroupNonUniformArithmetic GroupNonUniformBallot
         GroupNonUniformShuffle DotProductKHR DotProductInput4x8BitPackedKHR VulkanMemoryModel""",
-    "Decoration": """SpecId Block ArrayStride BuiltIn NonWritable NonReadable Binding DescriptorSet Offset
+    "Decoration": """SpecId Block ArrayStride BuiltIn Coherent NonWritable NonReadable Binding DescriptorSet Offset
         NoContraction""",
     "BuiltIn": """NumWorkgroups WorkgroupSize WorkgroupId LocalInvocationId GlobalInvocationId LocalInvocationIndex
         SubgroupSize NumSubgroups SubgroupId SubgroupLocalInvocationId""",
@@ -48,7 +48,7 @@ ENUMS = {
     "Scope": "Device Workgroup Subgroup QueueFamily",
     "GroupOperation": "Reduce",
     "PackedVectorFormat": "PackedVectorFormat4x8Bit",
-    "MemorySemantics": "None AcquireRelease UniformMemory WorkgroupMemory MakeAvailable MakeVisible",
+    "MemorySemantics": "None AcquireRelease UniformMemory WorkgroupMemory ImageMemory MakeAvailable MakeVisible",
     "SelectionControl": "None",
     "LoopControl": "None Unroll DontUnroll",
     "FunctionControl": "None",

@@ -22,7 +22,7 @@ from vkllm.expand import device_nbytes, device_type
 from vkllm.files.model_file import ModelFile
 from vkllm.kernel_cache import CompiledKernel, KernelCache
 from vkllm.packing import Matrix
-from vkllm.persistent import Merged, merged
+from vkllm.persistent import Merged, holds_a_layer, merged
 from vkllm.plan import (
     Argmax,
     Attention,
@@ -114,8 +114,8 @@ class Lowering:
         self.layout = Layout("lane_row", self.lanes, rows) if lane_row else Layout("lane_chunk", 1, rows)
         self._limits, self._rate = limits, RATES.get(device.kind, DISCRETE_RATE)
         # Workgroups of a persistent kernel: those that run at the same time.
-        wanted = device.kind == "cpu" and runtime.persistent == "auto" and self._choices.dispatches == "layer"
-        self.n_together = driver_threads() if wanted else 1
+        wanted = lane_row and device.kind == "cpu" and runtime.persistent == "auto" and self._choices.dispatches == "layer"
+        self.n_together = driver_threads() if wanted and holds_a_layer(limits) else 1
         self._kernels = KernelCache()
         self._row_order = cache(row_order)  # layers share them
 
@@ -220,9 +220,9 @@ class Lowering:
         return self._in_pairs(op) and self._saves_dispatches(n_row)
 
     def _saves_dispatches(self, n_row: int) -> bool:
-        """Are longer kernels worth fewer dispatches? On lavapipe with one row: in tiled kernels turning the heads was more code
-        than the loop before it, and as slow."""
-        return n_row == 1 or self.layout.kind == "lane_chunk"
+        """Are longer kernels worth fewer dispatches? On CPUs with one row, if its layers are not in persistent kernels: in tiled
+        ones turning the heads was more code than the loop before it, and as slow."""
+        return self.layout.kind == "lane_chunk" or (n_row == 1 and self.n_together == 1)
 
     def vector_values(self, vectors: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         """What to upload as vectors: norm weights as they are, biases in the row order of their packed matrices."""

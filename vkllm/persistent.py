@@ -9,15 +9,17 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from vkllm.kernel_cache import CompiledKernel, KernelCache, Recipe
-from vkllm.schedule import Dispatch
+from vkllm.schedule import Barrier, Dispatch, order
 from vkllm.vk import DeviceLimits
 from vkllm_codegen import Binding, Kernel
-from vkllm_codegen.persistent import COUNTERS, Stage, n_counter, persistent
+from vkllm_codegen.persistent import COUNTERS, Stage, persistent
 
 SYNC = "sync"  # the buffer that persistent kernels count in
 MAX_TURNS = 40_000  # of a workgroup's loops, beside those that wait: lavapipe ends all loops after 65,535 together
+LAYER_BUFFERS = {"storage": 16, "texel": 20}  # what a layer of a dense model binds, and some more
 PUSH_FORMATS = {"u32": "I", "i32": "i", "f32": "f"}
 
 
@@ -29,12 +31,18 @@ class Part:
     groups: tuple[int, int, int]
     push: tuple[tuple[str, int | float], ...]
     bindings: tuple[int, ...]
+    waits: bool
 
 
 def layer(bindings: tuple[Binding, ...], parts: tuple[Part, ...]) -> Kernel:
     """The persistent kernel of some parts."""
-    stages = [Stage(part.recipe.make(), part.groups, dict(part.push), part.bindings) for part in parts]
+    stages = [Stage(part.recipe.make(), part.groups, dict(part.push), part.bindings, part.waits) for part in parts]
     return persistent(f"persistent{len(parts)}_{stages[0].kernel.name}", {b.name: b for b in bindings}, stages)
+
+
+def holds_a_layer(limits: DeviceLimits) -> bool:
+    """Can a kernel bind as many buffers as a layer has?"""
+    return limits.max_storage_buffers >= LAYER_BUFFERS["storage"] and limits.max_texel_buffers >= LAYER_BUFFERS["texel"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +60,9 @@ def merged(dispatches: Iterable[Dispatch], kernels: KernelCache, n_workgroup: in
         if len(run) == 1:
             found += run
             continue
-        found.append(_one(run, kernels, n_workgroup, n_sync))
-        n_sync += n_counter(len(run))
+        waits = _waits(run)
+        found.append(_one(run, waits, kernels, n_workgroup, n_sync))
+        n_sync += sum(waits)
     return Merged(found, n_sync if n_sync > COUNTERS else 0)
 
 
@@ -71,8 +80,8 @@ def _runs(dispatches: Iterable[Dispatch], n_workgroup: int, limits: DeviceLimits
 
 def _fit(run: Sequence[Dispatch], n_workgroup: int, limits: DeviceLimits) -> bool:
     """Do dispatches make one persistent kernel?"""
-    layers, sizes = {_layer(d) for d in run}, {d.kernel.stage_size for d in run}
-    if len(layers) > 1 or None in layers or len(sizes) > 1 or 0 in sizes:
+    layers = {_layer(d) for d in run}
+    if len(layers) > 1 or None in layers or any(d.kernel.stage_size != limits.subgroup_size for d in run):
         return False
     turns = 0
     for d in run:
@@ -107,14 +116,20 @@ def _places(dispatch: Dispatch) -> list[tuple[str, str, str]]:
     return [(name, b.kind, repr(b.dtype)) for name, b in zip(dispatch.buffers, dispatch.kernel.bindings, strict=True)]
 
 
-def _one(run: Sequence[Dispatch], kernels: KernelCache, n_workgroup: int, counter: int) -> Dispatch:
+def _waits(run: Sequence[Dispatch]) -> list[bool]:
+    """Of each dispatch: must those before it be finished?"""
+    steps = order(run)
+    return [isinstance(before, Barrier) for before, step in pairwise([None, *steps]) if isinstance(step, Dispatch)]
+
+
+def _one(run: Sequence[Dispatch], waits: Sequence[bool], kernels: KernelCache, n_workgroup: int, counter: int) -> Dispatch:
     """A persistent kernel in place of some dispatches."""
     bindings, parts = _bindings(run), []
     places = list(bindings)
-    for d in run:
+    for d, wait in zip(run, waits, strict=True):
         assert d.kernel.recipe is not None
         own = tuple(places.index(place) for place in _places(d))
-        parts.append(Part(d.kernel.recipe, d.groups, _push_of(d.kernel, d.push), own))
+        parts.append(Part(d.kernel.recipe, d.groups, _push_of(d.kernel, d.push), own, wait))
     kernel = kernels.get(layer, tuple(bindings.values()), tuple(parts))
     buffers = (*(name for name, _, _ in places), SYNC)
     op, push = _layer(run[0]), kernel.pack_push(counter=counter)

@@ -34,25 +34,22 @@ ON_BUFFERS = ATOMICS | {OpCode.BUF_LOAD, OpCode.BUF_STORE, OpCode.TEXEL_LOAD}
 class Stage:
     """A kernel as a part of a persistent one: for one grid, and with its push constants known.
 
-    bindings: which of the persistent kernel's bindings each of the kernel's own is.
+    bindings: which of the persistent kernel's bindings each of the kernel's own is; waits: for what the stages before it do.
     """
 
     kernel: Kernel
     groups: tuple[int, int, int]
     push: Mapping[str, int | float]
     bindings: tuple[int, ...]
-
-
-def n_counter(n_stage: int) -> int:
-    """Elements of `sync` that a dispatch of so many stages counts in."""
-    return n_stage - 1
+    waits: bool = True
 
 
 def persistent(name: str, bindings: Mapping[str, Binding], stages: Sequence[Stage]) -> Kernel:
     """A kernel that does the work of all stages in their order. Dispatch: (workgroups that run at the same time, 1, 1).
 
+    A workgroup is to be one subgroup: its first invocation arrives for all.
     bindings: those that a stage writes and another one reads must be coherent. Behind them comes sync: readwrite u32
-    [COUNTERS + n_counter(n_stage) for each dispatch before the next clearing], zero before a dispatch.
+    [COUNTERS + one for each stage that waits, of all dispatches until it is cleared], zero at first.
     Push: counter, the dispatch's first element of sync that counts.
     Raises: TraceError: a stage uses shared memory or barriers, or stages have workgroups of different sizes.
     """
@@ -63,9 +60,11 @@ def persistent(name: str, bindings: Mapping[str, Binding], stages: Sequence[Stag
     def body(b: Block, bufs: dict[str, Buffer], push: dict[str, Value]) -> None:
         sync = bufs["sync"]
         turns = b.var(u32, b.select(sync[GAVE_UP] == 0, b.const(u32, 0), MAX_TURNS))
-        for number, stage in enumerate(stages):
-            if number:
-                _meet(b, sync, push["counter"] + (number - 1), turns)
+        n_wait = 0
+        for stage in stages:
+            if stage.waits:
+                _meet(b, sync, push["counter"] + n_wait, turns)
+                n_wait += 1
             _share(b, stage)
 
     bound = dict(bindings) | {"sync": readwrite(u32)}

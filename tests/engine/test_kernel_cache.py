@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vkllm import kernel_cache
-from vkllm.kernel_cache import CompiledKernel, KernelCache, key_of, write_archive
+from vkllm.kernel_cache import CompiledKernel, KernelCache, Recipe, write_archive
 from vkllm_shaders.sample import SampleSpec, argmax
 
 
@@ -52,7 +52,7 @@ def test_a_damaged_file_is_replaced(tmp_path: Path, damage: str) -> None:
 
 def ship(folder: Path, kernel: CompiledKernel) -> Path:
     """An archive of several members: its kernel under its own key, and under others."""
-    keys = [key_of(argmax, SampleSpec(lanes=8)), *map(str, range(20))]
+    keys = [repr(Recipe(argmax, (SampleSpec(lanes=8),))), *map(str, range(20))]
     write_archive(folder / "kernels.zip", dict.fromkeys(keys, kernel))
     return folder / "kernels.zip"
 
