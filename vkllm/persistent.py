@@ -1,26 +1,31 @@
 """A layer in one dispatch, where waking threads up costs more than the work between two barriers: on CPUs.
 
-`merged` puts the dispatches of each layer that follow one another into persistent kernels (see vkllm_codegen.persistent), and
-`Patience` says for how long to do without them after one was given up.
+`merged` puts the dispatches of each layer that follow one another into persistent kernels (see vkllm_codegen.persistent), one for
+all layers that have most of their stages in common; `Patience` says for how long to do without them after one was given up.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from itertools import pairwise
 
 from vkllm.kernel_cache import CompiledKernel, KernelCache, Recipe
 from vkllm.schedule import Barrier, Dispatch, order
 from vkllm.vk import DeviceLimits
 from vkllm_codegen import Binding, Kernel
-from vkllm_codegen.persistent import COUNTERS, Stage, persistent
+from vkllm_codegen.persistent import COUNTERS, MAX_STAGES, Stage, persistent
 
 SYNC = "sync"  # the buffer that persistent kernels count in
 MAX_TURNS = 40_000  # of a workgroup's loops, beside those that wait: lavapipe ends all loops after 65,535 together
 LAYER_BUFFERS = {"storage": 16, "texel": 20}  # what a layer of a dense model binds, and some more
 PUSH_FORMATS = {"u32": "I", "i32": "i", "f32": "f"}
+
+Run = tuple[Dispatch, ...]  # of one layer, one after the other
+View = tuple[str, str, str]  # how a kernel sees a buffer: its name, kind and element type
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,12 @@ class Part:
     push: tuple[tuple[str, int | float], ...]
     bindings: tuple[int, ...]
     waits: bool
+    optional: bool
 
 
 def layer(bindings: tuple[Binding, ...], parts: tuple[Part, ...]) -> Kernel:
     """The persistent kernel of some parts."""
-    stages = [Stage(part.recipe.make(), part.groups, dict(part.push), part.bindings, part.waits) for part in parts]
+    stages = [Stage(p.recipe.make(), p.groups, dict(p.push), p.bindings, p.waits, p.optional) for p in parts]
     return persistent(f"persistent{len(parts)}_{stages[0].kernel.name}", {b.name: b for b in bindings}, stages)
 
 
@@ -55,86 +61,175 @@ class Merged:
 
 def merged(dispatches: Iterable[Dispatch], kernels: KernelCache, n_workgroup: int, limits: DeviceLimits) -> Merged:
     """The same work, in fewer dispatches where they belong to one layer. n_workgroup: how many run at the same time."""
+    runs = list(_runs(dispatches, n_workgroup, limits))
+    users = Counter(name for run in runs for name in {name for d in run for name in d.buffers})
+    roles = [_roles(run, users) for run in runs]
+    families = _families([own for own in roles if len(own) > 1], n_workgroup, limits)
     found, n_sync = list[Dispatch](), COUNTERS
-    for run in _runs(dispatches, n_workgroup, limits):
+    for run, own in zip(runs, roles, strict=True):
         if len(run) == 1:
             found += run
             continue
-        waits = _waits(run)
-        found.append(_one(run, waits, kernels, n_workgroup, n_sync))
-        n_sync += sum(waits)
+        family = next(family for family in families if family.places(own))
+        found.append(_one(run, own, family, kernels, n_workgroup, n_sync))
+        n_sync += sum(family.waits)
     return Merged(found, n_sync if n_sync > COUNTERS else 0)
 
 
-def _runs(dispatches: Iterable[Dispatch], n_workgroup: int, limits: DeviceLimits) -> Iterator[list[Dispatch]]:
+# -- which dispatches go together
+
+
+def _runs(dispatches: Iterable[Dispatch], n_workgroup: int, limits: DeviceLimits) -> Iterator[Run]:
     """Neighbours that fit into one kernel."""
-    run: list[Dispatch] = []
+    run: Run = ()
     for dispatch in dispatches:
-        if run and not _fit([*run, dispatch], n_workgroup, limits):
+        together = _layer(dispatch) and all(_layer(d) == _layer(dispatch) for d in run)
+        if run and not (together and _fit((*run, dispatch), n_workgroup, limits)):
             yield run
-            run = []
-        run.append(dispatch)
+            run = ()
+        run = (*run, dispatch)
     if run:
         yield run
 
 
-def _fit(run: Sequence[Dispatch], n_workgroup: int, limits: DeviceLimits) -> bool:
+def _fit(run: Run, n_workgroup: int, limits: DeviceLimits) -> bool:
     """Do dispatches make one persistent kernel?"""
-    layers = {_layer(d) for d in run}
-    if len(layers) > 1 or None in layers or any(d.kernel.stage_size != limits.subgroup_size for d in run):
-        return False
     turns = 0
     for d in run:
-        if d.turns is None:
+        if d.turns is None or d.kernel.stage_size != limits.subgroup_size:
             return False
         x, y, z = d.groups
         turns += -(-x * y * z // n_workgroup) * (d.turns + 1)
     kinds = [b.kind for b in _bindings(run).values()]
-    storage, texels = kinds.count("storage") + 1, kinds.count("texel")
-    return turns <= MAX_TURNS and storage <= limits.max_storage_buffers and texels <= limits.max_texel_buffers
+    enough = kinds.count("storage") < limits.max_storage_buffers and kinds.count("texel") <= limits.max_texel_buffers  # and sync
+    return turns <= MAX_TURNS and enough and len(run) <= MAX_STAGES
 
 
-def _layer(dispatch: Dispatch) -> str | None:
-    """The layer of a dispatch's op: "blk.3"."""
+def _layer(dispatch: Dispatch) -> str:
+    """The layer of a dispatch's op, "blk.3"; of others ""."""
     name, _, rest = dispatch.op.partition(".")
-    return f"{name}.{rest.partition('.')[0]}" if name == "blk" else None
+    return f"{name}.{rest.partition('.')[0]}" if name == "blk" else ""
 
 
-def _bindings(run: Sequence[Dispatch]) -> dict[tuple[str, str, str], Binding]:
-    """One binding for each way in which a buffer is seen (see _places)."""
-    found: dict[tuple[str, str, str], Binding] = {}
+# -- what layers have in common
+
+
+def _roles(run: Run, users: Mapping[str, int]) -> Run:
+    """A run with ops and buffers named by what they are to their layer: equal where layers do the same.
+
+    `users`: of how many runs a buffer is. One that is this run's alone is called after the binding that sees it first, of which
+    kernel for which op: the n-th of these.
+    """
+    roles: dict[str, str] = {}
+    taken = Counter[str]()
+    for d in run:
+        for name, b in zip(d.buffers, d.kernel.bindings, strict=True):
+            if name in roles:
+                continue
+            role = name if users[name] > 1 else f"{b.name} of {d.kernel.name} for {_of_layer(d)}"
+            taken[role] += 1
+            roles[name] = f"{role}, {taken[role]}"
+    return tuple(replace(d, op=_of_layer(d), buffers=tuple(roles[name] for name in d.buffers)) for d in run)
+
+
+def _of_layer(dispatch: Dispatch) -> str:
+    """An op's name within its layer."""
+    return dispatch.op.removeprefix(f"{_layer(dispatch)}.")
+
+
+@dataclass(frozen=True)
+class Family:
+    """The stages of all runs that share a kernel, and in how many of the `n_run` runs each is."""
+
+    stages: Run
+    used: tuple[int, ...]
+    n_run: int
+
+    @classmethod
+    def of(cls, stages: Run, runs: Iterable[Run]) -> Family:
+        """A family of those runs that are found in these stages."""
+        found = [places for places in (_places_in(stages, run) for run in runs) if places]
+        return cls(stages, tuple(sum(i in places for places in found) for i in range(len(stages))), len(found))
+
+    @property
+    def waits(self) -> list[bool]:
+        """Of each stage: must those before it be finished?"""
+        steps = order(self.stages)
+        return [isinstance(before, Barrier) for before, step in pairwise([None, *steps]) if isinstance(step, Dispatch)]
+
+    def places(self, run: Run) -> list[int]:
+        """Which stages a run (of roles) is; none, if it is no run of this family."""
+        return _places_in(self.stages, run)
+
+
+def _places_in(stages: Run, run: Run) -> list[int]:
+    rest = iter(enumerate(stages))
+    places = [next((i for i, stage in rest if stage == d), -1) for d in run]
+    return [] if -1 in places else places
+
+
+def _families(runs: Sequence[Run], n_workgroup: int, limits: DeviceLimits) -> list[Family]:
+    """Few sequences of stages, in which every run is found."""
+    unions: list[Run] = []
+    for run in runs:
+        for i, known in enumerate(unions):
+            union = _union(known, run)
+            shared = len(known) + len(run) - len(union)
+            if 2 * shared >= len(run) and _kinds(run) == _kinds(known) and _fit(union, n_workgroup, limits):
+                unions[i] = union
+                break
+        else:
+            unions.append(run)
+    return [Family.of(union, runs) for union in unions]
+
+
+def _union(first: Run, second: Run) -> Run:
+    """The shortest sequence that difflib finds with both in it."""
+    found: list[Dispatch] = []
+    for _, start, stop, other_start, other_stop in SequenceMatcher(None, first, second, autojunk=False).get_opcodes():
+        same = first[start:stop] == second[other_start:other_stop]
+        found += first[start:stop] if same else first[start:stop] + second[other_start:other_stop]
+    return tuple(found)
+
+
+def _kinds(run: Run) -> set[tuple[str, str]]:
+    """Kinds and element types that are bound: each run must have something to bind where it leaves a stage out."""
+    return {(kind, dtype) for _, kind, dtype in _bindings(run)}
+
+
+# -- the kernel and its dispatches
+
+
+def _bindings(run: Run) -> dict[View, Binding]:
+    """One binding for each view of a buffer."""
+    found: dict[View, Binding] = {}
     written = {name for d in run for name in d.writes}
     for d in run:
-        for key, b in zip(_places(d), d.kernel.bindings, strict=True):
+        for key, b in zip(_views(d), d.kernel.bindings, strict=True):
             known = found.get(key) or Binding(f"b{len(found)}_{b.name}", b.kind, b.dtype, b.access, (), key[0] in written)
             found[key] = known if known.access == b.access else replace(known, access="readwrite")
     return found
 
 
-def _places(dispatch: Dispatch) -> list[tuple[str, str, str]]:
-    """Of each of its bindings the buffer's name, the kind and the element type."""
+def _views(dispatch: Dispatch) -> list[View]:
     return [(name, b.kind, repr(b.dtype)) for name, b in zip(dispatch.buffers, dispatch.kernel.bindings, strict=True)]
 
 
-def _waits(run: Sequence[Dispatch]) -> list[bool]:
-    """Of each dispatch: must those before it be finished?"""
-    steps = order(run)
-    return [isinstance(before, Barrier) for before, step in pairwise([None, *steps]) if isinstance(step, Dispatch)]
-
-
-def _one(run: Sequence[Dispatch], waits: Sequence[bool], kernels: KernelCache, n_workgroup: int, counter: int) -> Dispatch:
-    """A persistent kernel in place of some dispatches."""
-    bindings, parts = _bindings(run), []
-    places = list(bindings)
-    for d, wait in zip(run, waits, strict=True):
+def _one(run: Run, roles: Run, family: Family, kernels: KernelCache, n_workgroup: int, counter: int) -> Dispatch:
+    """A run in one dispatch, of the kernel of its family."""
+    bindings, parts = _bindings(family.stages), list[Part]()
+    views = list(bindings)
+    for d, wait, used in zip(family.stages, family.waits, family.used, strict=True):
         assert d.kernel.recipe is not None
-        own = tuple(places.index(place) for place in _places(d))
-        parts.append(Part(d.kernel.recipe, d.groups, _push_of(d.kernel, d.push), own, wait))
+        own = tuple(views.index(view) for view in _views(d))
+        parts.append(Part(d.kernel.recipe, d.groups, _push_of(d.kernel, d.push), own, wait, used < family.n_run))
     kernel = kernels.get(layer, tuple(bindings.values()), tuple(parts))
-    buffers = (*(name for name, _, _ in places), SYNC)
-    op, push = _layer(run[0]), kernel.pack_push(counter=counter)
-    assert op is not None
-    return Dispatch(op, kernel, buffers, push, (n_workgroup, 1, 1), sum(d.cost_us for d in run))
+
+    seen = [(view, name) for role, d in zip(roles, run, strict=True) for view, name in zip(_views(role), d.buffers, strict=True)]
+    names, instead = dict(seen), {view[1:]: name for view, name in seen}  # instead: of what only a stage sees that is left out
+    buffers = (*(names.get(view, instead[view[1:]]) for view in views), SYNC)
+    push = kernel.pack_push(counter=counter, stages=sum(1 << i for i in family.places(roles)))
+    return Dispatch(_layer(run[0]), kernel, buffers, push, (n_workgroup, 1, 1), sum(d.cost_us for d in run))
 
 
 def _push_of(kernel: CompiledKernel, data: bytes) -> tuple[tuple[str, int | float], ...]:

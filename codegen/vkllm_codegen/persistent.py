@@ -20,6 +20,7 @@ from .trace import Block, Buffer, Kernel, Value, Var, readwrite, trace
 from .trace.value import fail
 from .types import DType, convert_exactly, u32
 
+MAX_STAGES = 32
 GAVE_UP = 0  # the element of `sync` that is not 0 after a workgroup gave up
 COUNTERS = 1  # the first that counts
 
@@ -34,7 +35,8 @@ ON_BUFFERS = ATOMICS | {OpCode.BUF_LOAD, OpCode.BUF_STORE, OpCode.TEXEL_LOAD}
 class Stage:
     """A kernel as a part of a persistent one: for one grid, and with its push constants known.
 
-    bindings: which of the persistent kernel's bindings each of the kernel's own is; waits: for what the stages before it do.
+    bindings: which of the persistent kernel's bindings each of the kernel's own is; waits: for what the stages before it do;
+    optional: a dispatch says whether it wants the stage.
     """
 
     kernel: Kernel
@@ -42,6 +44,7 @@ class Stage:
     push: Mapping[str, int | float]
     bindings: tuple[int, ...]
     waits: bool = True
+    optional: bool = False
 
 
 def persistent(name: str, bindings: Mapping[str, Binding], stages: Sequence[Stage]) -> Kernel:
@@ -50,9 +53,11 @@ def persistent(name: str, bindings: Mapping[str, Binding], stages: Sequence[Stag
     A workgroup is to be one subgroup: its first invocation arrives for all.
     bindings: those that a stage writes and another one reads must be coherent. Behind them comes sync: readwrite u32
     [COUNTERS + one for each stage that waits, of all dispatches until it is cleared], zero at first.
-    Push: counter, the dispatch's first element of sync that counts.
-    Raises: TraceError: a stage uses shared memory or barriers, or stages have workgroups of different sizes.
+    Push: counter, the dispatch's first element of sync that counts; stages: bit i is set where optional stage i is wanted.
+    Raises: TraceError: a stage uses shared memory or barriers, or stages have workgroups of different sizes, or are too many.
     """
+    if len(stages) > MAX_STAGES:
+        fail(f"{len(stages)} stages in {name}", f"expected up to {MAX_STAGES}")
     sizes = {stage.kernel.name: stage.kernel.stage_size for stage in stages}
     if 0 in sizes.values() or len(set(sizes.values())) != 1:
         fail(f"stages of {name} have workgroups of {sizes}", "expected one size, and none with shared memory or barriers (0)")
@@ -61,22 +66,23 @@ def persistent(name: str, bindings: Mapping[str, Binding], stages: Sequence[Stag
         sync = bufs["sync"]
         turns = b.var(u32, b.select(sync[GAVE_UP] == 0, b.const(u32, 0), MAX_TURNS))
         n_wait = 0
-        for stage in stages:
+        for number, stage in enumerate(stages):
             if stage.waits:
                 _meet(b, sync, push["counter"] + n_wait, turns)
                 n_wait += 1
-            _share(b, stage)
+            _share(b, stage, (push["stages"] & (1 << number)) != 0 if stage.optional else None)
 
     bound = dict(bindings) | {"sync": readwrite(u32)}
-    return trace(name, bound, {"counter": u32}, {}, stages[0].kernel.stage_size, body)
+    return trace(name, bound, {"counter": u32, "stages": u32}, {}, stages[0].kernel.stage_size, body)
 
 
-def _share(b: Block, stage: Stage) -> None:
-    """This workgroup's part of a stage: neighbours, so that it reads on where it stopped."""
+def _share(b: Block, stage: Stage, wanted: Value | None) -> None:
+    """This workgroup's part of a stage, if it is wanted: neighbours, so that it reads on where it stopped."""
     x, y, z = stage.groups
+    n = b.const(u32, x * y * z) if wanted is None else b.select(wanted, b.const(u32, x * y * z), 0)
     each = (b.num_workgroups() + (x * y * z - 1)) // b.num_workgroups()
     first = b.workgroup_id() * each
-    with b.range(first, b.min(first + each, x * y * z)) as i:
+    with b.range(first, b.min(first + each, n)) as i:
         place = [i % x if y * z > 1 else i, i // x % y if z > 1 else i // x, i // (x * y)]
         b.splice(_Placed(stage, [own.op for own in place]).region(stage.kernel.program.body))
 

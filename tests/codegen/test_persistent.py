@@ -66,7 +66,7 @@ def interpreted(k: Kernel, n_workgroup: int, sync: np.ndarray | None = None) -> 
     held = buffers()
     held["sync"] = held["sync"] if sync is None else sync
     shared = {"a": held["a"], "b": held["b"], "b_read": held["b"], "c": held["c"], "sync": held["sync"]}
-    interpret(k, shared, {"counter": COUNTERS}, groups=(n_workgroup, 1, 1))
+    interpret(k, shared, {"counter": COUNTERS, "stages": 0}, groups=(n_workgroup, 1, 1))
     return held
 
 
@@ -92,7 +92,7 @@ def test_modules_are_valid_in_both_back_ends() -> None:
 def test_push_constants_and_grids_are_filled_in() -> None:
     ops = list(walk(two_stages((5, 3, 2), (4, 1, 1)).program.body))
     pushed = {s.arg for op in ops for s in op.src if s.code is OpCode.PUSH}
-    assert pushed == {"counter"}
+    assert pushed == {"counter"}, "and stages, where one is optional"
     assert {s.arg[0] for op in ops for s in op.src if s.code is OpCode.BUILTIN and "workgroup" in s.arg[0]} <= {
         "workgroup_id",
         "num_workgroups",
@@ -105,6 +105,26 @@ def test_a_stage_waits_only_where_it_says_so() -> None:
     held = interpreted(free, 2)
     assert held["sync"].tolist() == [0, 0]
     assert not any(op.code is OpCode.FENCE for op in walk(free.program.body))
+
+
+@pytest.mark.parametrize("wanted", range(8))
+def test_optional_stages(wanted: int) -> None:
+    """Those that are wanted, and those that always are."""
+    factors = (2.0, 3.0, 5.0)
+    stages = [Stage(scale, (30, 1, 1), {"factor": f}, (0, 1), waits=i > 0, optional=i > 0) for i, f in enumerate(factors)]
+    held = buffers()
+    shared = {"a": held["a"], "b": held["b"], "b_read": held["b"], "c": held["c"], "sync": np.zeros(COUNTERS + 2, np.uint32)}
+    k = persistent("optional", BINDINGS, stages)
+    validate(k)
+    interpret(k, shared, {"counter": COUNTERS, "stages": wanted}, groups=(3, 1, 1))
+    last = max([0, *(i for i in (1, 2) if wanted >> i & 1)])
+    np.testing.assert_array_equal(held["b"], buffers()["a"] * np.float32(factors[last]))
+    assert shared["sync"].tolist() == [0, 3, 3], "all meet, whatever is wanted"
+
+
+def test_too_many_stages_are_refused() -> None:
+    with pytest.raises(TraceError, match="33 stages"):
+        persistent("long", BINDINGS, [Stage(scale, (1, 1, 1), {"factor": 1.0}, (0, 1))] * 33)
 
 
 def test_who_comes_after_one_that_gave_up_does_not_wait() -> None:
@@ -151,7 +171,7 @@ def run(device: Any, k: Kernel, n_workgroup: int) -> dict[str, np.ndarray]:
         pipeline = device.pipeline(k.name, k.spirv(), tuple(b.kind for b in k.bindings), k.push_bytes)
         recording = device.recording()
         bound = [Binding(held["a"], format="r32f"), *(Binding(held[name]) for name in ("b", "b", "c", "sync"))]
-        recording.dispatch(pipeline, bound, (n_workgroup, 1, 1), k.pack_push(counter=COUNTERS))
+        recording.dispatch(pipeline, bound, (n_workgroup, 1, 1), k.pack_push(counter=COUNTERS, stages=0))
         recording.finish()
         recording.run()
         return {

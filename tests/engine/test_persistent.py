@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from random_models import Shape, write_model
 from test_architectures import CASES, MadeUpFile, logits
 from test_chain import Recorder
 
@@ -88,7 +90,7 @@ def hazards_without(layer: Dispatch, commands: Sequence[Part | None], left_out: 
 def test_dispatches_do_not_share_counters(tiny: GGUFFile) -> None:
     chain, dispatches = decode(tiny)
     found = chain._lower.merged(dispatches)
-    firsts = [int.from_bytes(d.push, "little") for d in found.dispatches if SYNC in d.buffers]
+    firsts = [int.from_bytes(d.push[:4], "little") for d in found.dispatches if SYNC in d.buffers]
     assert firsts[0] == COUNTERS
     n_wait = [sum(isinstance(step, Barrier) for step in order(run)[:-1]) for run in runs(dispatches)]
     assert [after - first for first, after in zip(firsts, [*firsts[1:], found.n_sync], strict=True)] == n_wait
@@ -168,6 +170,29 @@ def test_the_same_bits(name: str, activations: str, device: Device) -> None:
     file = MadeUpFile(replace(CASES[name], kind="Q8_0") if activations == "int8" else CASES[name])
     one, other = (logits(device, file, IDS, 16, activations=activations, persistent=p) for p in ("auto", "off"))
     np.testing.assert_array_equal(one, other)
+
+
+MIXES = (  # the first key that a name contains counts
+    {"blk.0.ffn_down": "Q4_0", "blk.2.ffn_down": "Q4_0", "": "Q8_0"},
+    {"blk.1.attn_v": "Q4_0", "blk.1.ffn_down": "Q5_0", "blk.3.attn_v": "Q4_0", "": "Q8_0"},
+    {"blk.1.attn_output": "Q8_0", "blk.2.attn_q": "F16", "": "F32"},
+)
+
+
+@pytest.mark.parametrize("types", MIXES, ids=str)
+def test_layers_of_several_types_share_a_kernel(types: dict[str, str], tmp_path: Path, device: Device) -> None:
+    """Each leaves out the stages of others, and its bits are those of an op a dispatch."""
+    if device.info.kind != "cpu":
+        pytest.skip("persistent kernels are for CPUs")
+    path = write_model(tmp_path / "mixed.gguf", Shape("llama", n_layer=4, n_head=4, head_dim=32, n_ff=160, types=types))
+    runtime = RuntimeConfig(n_ctx=64, activations="f32" if types[""] == "F32" else "int8")
+    with LLMEngine.init_model(path, runtime) as one, LLMEngine.init_model(path, replace(runtime, persistent="off")) as other:
+        ids = [int(i) for i in np.random.default_rng(3).integers(0, one.config.n_vocab, 12)]
+        np.testing.assert_array_equal(one.logits(ids, step=True), other.logits(ids, step=True))
+        layers = [d for d in one.chain._decode_dispatches() if SYNC in d.buffers]
+    assert len(layers) == 4
+    assert len({d.kernel.name for d in layers}) == 1
+    assert len({d.push[4:] for d in layers}) > 1, "they want different stages"
 
 
 @pytest.mark.parametrize("multi_step", [1, 3])
