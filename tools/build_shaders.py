@@ -11,6 +11,7 @@ Any other model works as well: its kernels are traced when they are first used.
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -35,8 +36,9 @@ from vkllm.vk.types import MINIMUM_LIMITS, DeviceInfo, DeviceKind
 from vkllm_codegen import Kernel
 
 TEXT = Path(__file__).resolve().parents[1] / "shaders" / "catalog.txt"
-N_LAYER = 8  # as many as a mix of types needs to show all of its rules; sizes are push constants and make no kernels
+N_LAYER = 8  # as many as a mix of types needs to show all of its rules; other sizes make only persistent kernels
 N_CTX = 4096
+THREADS = "2"  # of lavapipe, which share out row groups
 MIXES = ("Q4_0", "Q8_0", "Q4_K_M")
 
 
@@ -150,10 +152,10 @@ def file_of(graph: Graph, shape: Shape, mix: str) -> ModelFile:
     return cast(ModelFile, SimpleNamespace(tensors=tensors))
 
 
-def wanted(known: Mapping[str, CompiledKernel]) -> dict[str, Recipe]:
+def wanted(known: Mapping[str, CompiledKernel], models: Iterable[Shape] = MODELS) -> dict[str, Recipe]:
     """How each kernel is made, by its key; with those that are made of others, as far as these are known."""
     asked = Asked(known)
-    for shape in MODELS:
+    for shape in models:
         graph = shape.graph()
         for mix in MIXES:
             for info in DEVICES:
@@ -182,7 +184,7 @@ def described(kernel: CompiledKernel) -> str:
 
 
 def header(calls: Iterable[str]) -> str:
-    """What the text is, and a hash of which kernels are in it."""
+    """What the text is, and a hash of which kernels are in it (and with them, of which others are made of them)."""
     return f"""\
 What `make shaders` builds ahead: kernels of common models on common devices. tools/build_shaders.py writes this file, so that a
 diff shows which kernels a change touches. The kernels themselves: `vkllm shaders OUT` writes them as text.
@@ -191,20 +193,22 @@ keys {hashlib.sha256("".join(sorted(calls)).encode()).hexdigest()}
 """
 
 
-def text_of(kernels: Mapping[str, CompiledKernel]) -> str:
-    """The text for reviews."""
-    return "\n".join([header(kernels), *sorted({described(kernel) for kernel in kernels.values()})])
+def text_of(plain: Iterable[str], kernels: Mapping[str, CompiledKernel]) -> str:
+    """The text for reviews. `plain`: the keys of those that are not made of others."""
+    return "\n".join([header(plain), *sorted({described(kernel) for kernel in kernels.values()})])
 
 
 def main(check: bool) -> int:
+    os.environ["LP_NUM_THREADS"] = THREADS
     kernels: dict[str, CompiledKernel] = {}
+    plain = wanted(kernels)
     for what in ("kernels", "persistent kernels"):
         recipes = {key: recipe for key, recipe in wanted(kernels).items() if key not in kernels}
         with ProcessPoolExecutor() as pool:
             compiled = pool.map(made, recipes.values(), chunksize=4)
             bar = track(zip(recipes, compiled, strict=True), what, len(recipes), console=Console(stderr=True), transient=True)
             kernels |= dict(bar)
-    text = text_of(kernels)
+    text = text_of(plain, kernels)
     if check:
         same = TEXT.exists() and TEXT.read_text() == text
         print(f"{TEXT} is {'up to date' if same else 'out of date: run `make shaders`'}")

@@ -228,7 +228,8 @@ def _one(run: Run, roles: Run, family: Family, kernels: KernelCache, n_workgroup
     seen = [(view, name) for role, d in zip(roles, run, strict=True) for view, name in zip(_views(role), d.buffers, strict=True)]
     names, instead = dict(seen), {view[1:]: name for view, name in seen}  # instead: of what only a stage sees that is left out
     buffers = (*(names.get(view, instead[view[1:]]) for view in views), SYNC)
-    push = kernel.pack_push(counter=counter, stages=sum(1 << i for i in family.places(roles)))
+    values = {"counter": counter, "stages": sum(1 << i for i in family.places(roles))}
+    push = kernel.pack_push(**{name: values[name] for name, _, _ in kernel.push})
     return Dispatch(_layer(run[0]), kernel, buffers, push, (n_workgroup, 1, 1), sum(d.cost_us for d in run))
 
 

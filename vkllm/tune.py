@@ -21,10 +21,13 @@ from vkllm.files.model_file import ModelFile
 from vkllm.kernel_cache import compiled, pipeline_of
 from vkllm.kernels import PREFILL_CPU, PREFILL_GPU, gemm_of, texel_format
 from vkllm.models import build_graph
-from vkllm.tuned import Choices, Shape, product_shapes, subgroup_sizes
+from vkllm.persistent import holds_a_layer
+from vkllm.tuned import Choices, Shape, driver_threads, product_shapes, subgroup_sizes
 from vkllm.vk import Binding, Buffer, Device, DeviceLimits
+from vkllm_codegen import Binding as KernelBinding
 from vkllm_codegen import Kernel
 from vkllm_codegen.errors import KernelError
+from vkllm_codegen.persistent import COUNTERS, GAVE_UP, Stage, persistent
 from vkllm_shaders.attention import AttentionSpec, cache_row_nbytes, direct, partial
 from vkllm_shaders.formats import FORMATS, coded_of, packed_nbytes
 from vkllm_shaders.gemm import GemmSpec, gemm
@@ -75,6 +78,7 @@ def axes(lane_row: bool, limits: DeviceLimits) -> dict[str, tuple[object, ...]]:
         "tile": (4, 8, 16) if integers else (2, 4),
         **({"side_by_side": (1, 2, 4)} if integers and lane_row else {}),
         **({"attention_tile": (0, 2 * lanes)} if lane_row else {"split": (256, 512, 1024)}),
+        **({"dispatches": ("op", "layer")} if lane_row and driver_threads() > 1 and holds_a_layer(limits) else {}),
     }
 
 
@@ -135,6 +139,38 @@ def product_spec(fmt: str, choices: Choices, n_row: int, n_token: int, lane_row:
     return MatmulSpec(fmt, layout, tile, activations="int8" if integers else "f32", side_by_side=together, subgroup=lanes)
 
 
+@dataclass(frozen=True)
+class Use:
+    """A kernel, the buffers that it needs by name and size, what it may be pushed, and its grid."""
+
+    kernel: Kernel
+    sizes: dict[str, int]
+    push: Mapping[str, int | float]
+    groups: tuple[int, int, int]
+
+    @property
+    def values(self) -> dict[str, int | float]:
+        """What it is pushed."""
+        return {name: self.push[name] for name, _, _ in self.kernel.push}
+
+    @property
+    def pushed(self) -> bytes:
+        return self.kernel.pack_push(**self.values)
+
+    def bound(self, buffers: Mapping[str, Buffer]) -> list[Binding]:
+        return [Binding(buffers[b.name], format=texel_format(b)) for b in self.kernel.bindings]
+
+
+def _layer(uses: Sequence[Use]) -> Kernel:
+    """All of them in one persistent kernel, each with bindings of its own."""
+    bindings, stages = dict[str, KernelBinding](), list[Stage]()
+    for i, use in enumerate(uses):
+        numbers = range(len(bindings), len(bindings) + len(use.kernel.bindings))
+        bindings |= {f"{b.name}_{i}": b for b in use.kernel.bindings}
+        stages.append(Stage(use.kernel, use.groups, use.values, tuple(numbers)))
+    return persistent("layer", bindings, stages)
+
+
 class DeviceTimer:
     """Seconds of a request's matrix products or attention on a device, for some choices: the best of TRIES runs each."""
 
@@ -146,6 +182,8 @@ class DeviceTimer:
     def __call__(self, choices: Choices, axis: str) -> float:
         if axis in ("attention_tile", "split"):
             return self._once((axis, choices.attention_tile, choices.split, choices.lanes), lambda: self._attention(choices))
+        if axis == "dispatches":
+            return self._once((axis, choices), lambda: self._layers(choices))
         return sum(count * self._product(shape, choices, axis) for shape, count in self._shapes.items())
 
     def _lanes(self, choices: Choices) -> int:
@@ -168,16 +206,61 @@ class DeviceTimer:
         return self._once((spec, tiled, shape, n_token), lambda: self._run_matmul(spec, tiled, shape, n_token))
 
     def _run_matmul(self, spec: MatmulSpec, tiled: GemmSpec | None, shape: Shape, n_token: int) -> float:
+        use, nbytes = self._use(spec, tiled, shape, n_token)
+        copies = max(1, min(64, COLD_BYTES // nbytes)) if n_token == 1 else 1
+        return self._time(use, spec.lanes, {"w": nbytes}, copies)
+
+    def _use(self, spec: MatmulSpec, tiled: GemmSpec | None, shape: Shape, n_token: int) -> tuple[Use, int]:
+        """A matrix product, and the bytes of its matrix."""
         f, groups = coded_of(shape.fmt) if spec.from_records else FORMATS[shape.fmt], spec.layout.n_group(shape.n_row)
         n_packed = groups * spec.layout.group_rows
         nbytes, width = packed_nbytes(shape.fmt, n_packed, shape.n_col, spec.layout), -(-shape.n_col // 64) * 64
-        copies = max(1, min(64, COLD_BYTES // nbytes)) if n_token == 1 else 1
         sizes = {"x": record_nbytes(n_token, shape.n_col) if spec.from_records else 4 * n_token * width}
         sizes |= {"y": 4 * n_token * shape.n_row + 256}
         push = {"n_chunk": f.n_chunk(shape.n_col), "n_group": groups, "n_token": n_token, "n_row": shape.n_row, "first_row": 0}
         push |= {"x_stride": n_group(shape.n_col) if spec.from_records else width // 4, "y_stride": shape.n_row}
         kernel = gemm(tiled) if tiled else matmul(spec)
-        return self._time(kernel, spec.lanes, sizes, {"w": nbytes}, copies, push, (tiled or spec).groups(n_packed, n_token))
+        return Use(kernel, sizes, push, (tiled or spec).groups(n_packed, n_token)), nbytes
+
+    def _layers(self, choices: Choices) -> float:
+        """Products of one row, a matrix of each shape, behind one another as layers are: an op or a layer in a dispatch."""
+        shapes = [shape for shape in self._shapes if not shape.gather]
+        specs = [product_spec(s.fmt, choices, s.n_row, 1, self._lane_row, self._lanes(choices)) for s in shapes]
+        uses = [self._use(spec, None, shape, 1) for spec, shape in zip(specs, shapes, strict=True)]
+        copies = max(1, min(16, COLD_BYTES // sum(nbytes for _, nbytes in uses)))
+        device, lanes = self._device, specs[0].lanes
+        buffers = [
+            {name: self._filled(name, nbytes) for name, nbytes in (use.sizes | {"w": matrix}).items()}
+            for _ in range(copies)
+            for use, matrix in uses
+        ]
+        sync = device.buffer(4 * (COUNTERS + copies * len(uses)), host=True, name="sync")
+        plain, whole = device.recording("an op a dispatch"), device.recording("a layer a dispatch")
+        try:
+            for (use, _), own in zip(uses * copies, buffers, strict=True):
+                plain.dispatch(pipeline_of(device, compiled(use.kernel), lanes), use.bound(own), use.groups, use.pushed)
+                plain.barrier()
+            layer = compiled(_layer([use for use, _ in uses]))
+            for i in range(copies):
+                counter, held = COUNTERS + i * len(uses), buffers[i * len(uses) : (i + 1) * len(uses)]
+                bound = [binding for (use, _), own in zip(uses, held, strict=True) for binding in use.bound(own)]
+                push = layer.pack_push(counter=counter, stages=0)
+                whole.dispatch(pipeline_of(device, layer, lanes), [*bound, Binding(sync)], (driver_threads(), 1, 1), push)
+                whole.barrier()
+
+            def step() -> None:
+                if choices.dispatches == "layer":
+                    sync.write(np.zeros(sync.nbytes, np.uint8))
+                    whole.run()
+                    if not sync.read(4, 4 * GAVE_UP, np.uint32)[0]:
+                        return
+                plain.run()
+
+            step()
+            return N_DECODE * self._config.n_layer * min(_seconds(step) for _ in range(TRIES)) / copies
+        finally:
+            for buffer in [sync, *(b for own in buffers for b in own.values())]:
+                buffer.free()
 
     def _attention(self, choices: Choices) -> float:
         """All layers of N_DECODE tokens at DEPTH, but for the merge of the parts."""
@@ -192,32 +275,19 @@ class DeviceTimer:
         sizes["out"] = max(sizes["q"], spec.scratch_nbytes(1, c.n_kv_head, n_split))
         kernel = direct(spec) if self._lane_row else partial(spec)
         push = {"n_token": 1, "n_kv_head": c.n_kv_head}
-        seconds = self._time(kernel, spec.lanes, sizes, {"k": kept, "v": kept}, c.n_layer, push, (n_split, c.n_kv_head, 1))
-        return N_DECODE * c.n_layer * seconds
+        use = Use(kernel, sizes, push, (n_split, c.n_kv_head, 1))
+        return N_DECODE * c.n_layer * self._time(use, spec.lanes, {"k": kept, "v": kept}, c.n_layer)
 
-    def _time(
-        self,
-        kernel: Kernel,
-        lanes: int,
-        shared: Mapping[str, int],
-        own: Mapping[str, int],
-        copies: int,
-        push: Mapping[str, int | float],
-        groups: tuple[int, int, int],
-    ) -> float:
-        """Seconds of a dispatch. Buffers by name and size: `shared` by all dispatches of a run, `own` of each of the `copies`."""
-        device, names = self._device, {b.name for b in kernel.bindings}
-        common = {name: self._filled(name, nbytes) for name, nbytes in shared.items() if name in names}
+    def _time(self, use: Use, lanes: int, own: Mapping[str, int], copies: int) -> float:
+        """Seconds of a dispatch. `own`: buffers by name and size that each of the `copies` in a run has for itself."""
+        device, names = self._device, {b.name for b in use.kernel.bindings}
+        common = {name: self._filled(name, nbytes) for name, nbytes in use.sizes.items() if name in names}
         each = [{name: self._filled(name, nbytes) for name, nbytes in own.items()} for _ in range(copies)]
-        pipeline = pipeline_of(device, compiled(kernel), lanes)
-        pushed = kernel.pack_push(**{name: push[name] for name, _, _ in kernel.push})
-        recording = device.recording(kernel.name)
+        pipeline = pipeline_of(device, compiled(use.kernel), lanes)
+        recording = device.recording(use.kernel.name)
         try:
             for buffers in each:
-                bound = common | buffers
-                recording.dispatch(
-                    pipeline, [Binding(bound[b.name], format=texel_format(b)) for b in kernel.bindings], groups, pushed
-                )
+                recording.dispatch(pipeline, use.bound(common | buffers), use.groups, use.pushed)
             recording.barrier()
             recording.finish()
             recording.run()

@@ -27,6 +27,7 @@ AXES = {
     "side_by_side": "decode: row groups side by side",
     "attention_tile": "attention: positions a turn",
     "split": "attention: positions a workgroup",
+    "dispatches": "decode: what a dispatch does",
 }
 """What a report says of each choice that is tried."""
 

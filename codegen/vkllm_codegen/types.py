@@ -22,6 +22,9 @@ class DType:
     bits: int
     count: int = 1
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _interned, (self.kind, self.bits, self.count)
+
     @property
     def itemsize(self) -> int:
         """Bytes in memory (a boolean has no memory layout; it counts as 4)."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from vkllm import kernels
+from vkllm import kernels, tune
 from vkllm import tuned as store
 from vkllm.chain import ModelChain, Rows, Span
 from vkllm.cli import app
@@ -23,7 +23,7 @@ from vkllm.plan import Linear, Qkv
 from vkllm.tune import N_DECODE, N_PROMPT, DeviceTimer, Experiment, Outcome, axes, model_shapes, product_spec, search
 from vkllm.tune_cli import AXES, _show
 from vkllm.tuned import ALLOWED, Choices, Shape, default_choices, path, save, tuned
-from vkllm.vk import NullDevice
+from vkllm.vk import Device, NullDevice, Recording
 from vkllm.vk.types import MINIMUM_LIMITS, DeviceInfo, DeviceLimits
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.formats import Layout
@@ -239,6 +239,35 @@ def test_what_is_timed_is_what_the_engine_runs(schedule: Any, choices: Choices, 
             plain = replace(fused, norm=False, bias=False, epilogue="store", head_dim=0, rope_pairing="interleaved")
             n_packed = lower._n_packed(matrix)
             assert product_spec(matrix.fmt, choices, n_packed, n_row, schedule == "lane_row", lanes=8) == plain
+
+
+def test_a_layer_in_one_dispatch_is_tried_where_a_cpu_has_threads_and_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = replace(limits(8), max_storage_buffers=32, max_texel_buffers=64)
+    monkeypatch.setenv("LP_NUM_THREADS", "2")
+    assert axes(True, room)["dispatches"] == ("op", "layer")
+    assert "dispatches" not in axes(False, room) | axes(True, limits(8))
+    monkeypatch.setenv("LP_NUM_THREADS", "1")
+    assert "dispatches" not in axes(True, room)
+
+
+def test_a_layer_that_is_given_up_costs_both_ways(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More workgroups than threads give up, and the plain dispatches run behind them: what the engine would do."""
+    if device.info.kind != "cpu":
+        pytest.skip("persistent kernels are for CPUs")
+    with open_model("tiny") as file:
+        config, shapes = ModelConfig.from_gguf(file), model_shapes(file)
+    ran: list[str] = []
+    run = Recording.run
+    monkeypatch.setattr(Recording, "run", lambda self: (ran.append(self.name), run(self))[1])
+    choices = replace(default_choices(True), dispatches="layer")
+    for n_workgroup, names in ((1, {"a layer a dispatch"}), (4096, {"a layer a dispatch", "an op a dispatch"})):
+        monkeypatch.setattr(tune, "driver_threads", lambda n=n_workgroup: n)
+        ran.clear()
+        assert DeviceTimer(device, config, shapes, True)(choices, "dispatches") > 0
+        assert set(ran) == names
+    ran.clear()
+    assert DeviceTimer(device, config, shapes, True)(replace(choices, dispatches="op"), "dispatches") > 0
+    assert set(ran) == {"an op a dispatch"}
 
 
 def test_row_groups_side_by_side_concern_decode_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
 import struct
 import sys
 import time
@@ -111,6 +112,11 @@ def test_coop_words() -> None:
 
 def test_modules_are_deterministic() -> None:
     assert coop_gemm(8).spirv() == coop_gemm(8).spirv()
+
+
+def test_types_are_themselves_in_another_process() -> None:
+    """They are compared by identity."""
+    assert all(pickle.loads(pickle.dumps(dtype)) is dtype for dtype in (u32, f32x4, u32x4))
 
 
 def test_tables_are_those_of_the_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
