@@ -227,8 +227,8 @@ class ModelChain:
 
     def _run(self, rows: Rows, capacity: int, n_out: int, n_step: int = 1, watch: Watch | None = None) -> Recorded:
         """Run a bucket's recording on these rows; again without persistent kernels if one gave up."""
-        whole = capacity > 1 or watch is not None or debug.LEVEL >= debug.DISPATCHES
-        persistent = not whole and self._lower.n_together > 1 and self._patience.ready()
+        apart = capacity > 1 or watch is not None or debug.LEVEL >= debug.DISPATCHES
+        persistent = not apart and self._lower.n_together > 1 and self._patience.ready()
         recorded = self._record(capacity, n_out, watch is not None, n_step, persistent)
         self._replay(recorded, rows, watch)
         if persistent:

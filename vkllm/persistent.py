@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from itertools import pairwise
+from functools import cached_property
+from itertools import groupby, pairwise
 
 from vkllm.kernel_cache import CompiledKernel, KernelCache, Recipe
 from vkllm.schedule import Barrier, Dispatch, order
@@ -65,13 +66,14 @@ def merged(dispatches: Iterable[Dispatch], kernels: KernelCache, n_workgroup: in
     users = Counter(name for run in runs for name in {name for d in run for name in d.buffers})
     roles = [_roles(run, users) for run in runs]
     families = _families([own for own in roles if len(own) > 1], n_workgroup, limits)
+    made = [_kernel_of(family, kernels) for family in families]
     found, n_sync = list[Dispatch](), COUNTERS
     for run, own in zip(runs, roles, strict=True):
         if len(run) == 1:
             found += run
             continue
-        family = next(family for family in families if family.places(own))
-        found.append(_one(run, own, family, kernels, n_workgroup, n_sync))
+        family, kernel = next((family, kernel) for family, kernel in zip(families, made, strict=True) if family.places(own))
+        found.append(_one(run, own, family, kernel, n_workgroup, n_sync))
         n_sync += sum(family.waits)
     return Merged(found, n_sync if n_sync > COUNTERS else 0)
 
@@ -81,15 +83,14 @@ def merged(dispatches: Iterable[Dispatch], kernels: KernelCache, n_workgroup: in
 
 def _runs(dispatches: Iterable[Dispatch], n_workgroup: int, limits: DeviceLimits) -> Iterator[Run]:
     """Neighbours that fit into one kernel."""
-    run: Run = ()
-    for dispatch in dispatches:
-        together = _layer(dispatch) and all(_layer(d) == _layer(dispatch) for d in run)
-        if run and not (together and _fit((*run, dispatch), n_workgroup, limits)):
-            yield run
-            run = ()
-        run = (*run, dispatch)
-    if run:
-        yield run
+    for name, group in groupby(dispatches, _layer):
+        rest = tuple(group)
+        while rest:
+            n = len(rest) if name else 1
+            while n > 1 and not _fit(rest[:n], n_workgroup, limits):
+                n -= 1
+            yield rest[:n]
+            rest = rest[n:]
 
 
 def _fit(run: Run, n_workgroup: int, limits: DeviceLimits) -> bool:
@@ -151,11 +152,16 @@ class Family:
         found = [places for places in (_places_in(stages, run) for run in runs) if places]
         return cls(stages, tuple(sum(i in places for places in found) for i in range(len(stages))), len(found))
 
-    @property
+    @cached_property
     def waits(self) -> list[bool]:
         """Of each stage: must those before it be finished?"""
         steps = order(self.stages)
         return [isinstance(before, Barrier) for before, step in pairwise([None, *steps]) if isinstance(step, Dispatch)]
+
+    @cached_property
+    def views(self) -> list[View]:
+        """Of all its stages, as its kernel binds them."""
+        return list(_bindings(self.stages))
 
     def places(self, run: Run) -> list[int]:
         """Which stages a run (of roles) is; none, if it is no run of this family."""
@@ -173,7 +179,7 @@ def _families(runs: Sequence[Run], n_workgroup: int, limits: DeviceLimits) -> li
     unions: list[Run] = []
     for run in runs:
         for i, known in enumerate(unions):
-            union = _union(known, run)
+            union = known if _places_in(known, run) else _union(known, run)
             shared = len(known) + len(run) - len(union)
             if 2 * shared >= len(run) and _kinds(run) == _kinds(known) and _fit(union, n_workgroup, limits):
                 unions[i] = union
@@ -215,19 +221,22 @@ def _views(dispatch: Dispatch) -> list[View]:
     return [(name, b.kind, repr(b.dtype)) for name, b in zip(dispatch.buffers, dispatch.kernel.bindings, strict=True)]
 
 
-def _one(run: Run, roles: Run, family: Family, kernels: KernelCache, n_workgroup: int, counter: int) -> Dispatch:
-    """A run in one dispatch, of the kernel of its family."""
+def _kernel_of(family: Family, kernels: KernelCache) -> CompiledKernel:
+    """The persistent kernel of a family: what _bindings says, and sync."""
     bindings, parts = _bindings(family.stages), list[Part]()
     views = list(bindings)
     for d, wait, used in zip(family.stages, family.waits, family.used, strict=True):
         assert d.kernel.recipe is not None
         own = tuple(views.index(view) for view in _views(d))
         parts.append(Part(d.kernel.recipe, d.groups, _push_of(d.kernel, d.push), own, wait, used < family.n_run))
-    kernel = kernels.get(layer, tuple(bindings.values()), tuple(parts))
+    return kernels.get(layer, tuple(bindings.values()), tuple(parts))
 
+
+def _one(run: Run, roles: Run, family: Family, kernel: CompiledKernel, n_workgroup: int, counter: int) -> Dispatch:
+    """A run in one dispatch, of the kernel of its family."""
     seen = [(view, name) for role, d in zip(roles, run, strict=True) for view, name in zip(_views(role), d.buffers, strict=True)]
     names, instead = dict(seen), {view[1:]: name for view, name in seen}  # instead: of what only a stage sees that is left out
-    buffers = (*(names.get(view, instead[view[1:]]) for view in views), SYNC)
+    buffers = (*(names.get(view, instead[view[1:]]) for view in family.views), SYNC)
     values = {"counter": counter, "stages": sum(1 << i for i in family.places(roles))}
     push = kernel.pack_push(**{name: values[name] for name, _, _ in kernel.push})
     return Dispatch(_layer(run[0]), kernel, buffers, push, (n_workgroup, 1, 1), sum(d.cost_us for d in run))
