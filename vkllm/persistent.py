@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import cached_property
@@ -65,14 +65,13 @@ def merged(dispatches: Iterable[Dispatch], kernels: KernelCache, n_workgroup: in
     runs = list(_runs(dispatches, n_workgroup, limits))
     users = Counter(name for run in runs for name in {name for d in run for name in d.buffers})
     roles = [_roles(run, users) for run in runs]
-    families = _families([own for own in roles if len(own) > 1], n_workgroup, limits)
-    made = [_kernel_of(family, kernels) for family in families]
+    made = {own: (family, _kernel_of(family, kernels)) for family in _families(roles, n_workgroup, limits) for own in family.runs}
     found, n_sync = list[Dispatch](), COUNTERS
     for run, own in zip(runs, roles, strict=True):
-        if len(run) == 1:
+        if own not in made:
             found += run
             continue
-        family, kernel = next((family, kernel) for family, kernel in zip(families, made, strict=True) if family.places(own))
+        family, kernel = made[own]
         found.append(_one(run, own, family, kernel, n_workgroup, n_sync))
         n_sync += sum(family.waits)
     return Merged(found, n_sync if n_sync > COUNTERS else 0)
@@ -140,17 +139,10 @@ def _of_layer(dispatch: Dispatch) -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """The stages of all runs that share a kernel, and in how many of the `n_run` runs each is."""
+    """Runs (of roles, no two equal) that share a kernel, and the stages in which all of them are found, in their order."""
 
     stages: Run
-    used: tuple[int, ...]
-    n_run: int
-
-    @classmethod
-    def of(cls, stages: Run, runs: Iterable[Run]) -> Family:
-        """A family of those runs that are found in these stages."""
-        found = [places for places in (_places_in(stages, run) for run in runs) if places]
-        return cls(stages, tuple(sum(i in places for places in found) for i in range(len(stages))), len(found))
+    runs: tuple[Run, ...]
 
     @cached_property
     def waits(self) -> list[bool]:
@@ -159,34 +151,35 @@ class Family:
         return [isinstance(before, Barrier) for before, step in pairwise([None, *steps]) if isinstance(step, Dispatch)]
 
     @cached_property
+    def optional(self) -> list[bool]:
+        """Of each stage: does a run leave it out?"""
+        found = [self.places(run) for run in self.runs]
+        return [any(i not in places for places in found) for i in range(len(self.stages))]
+
+    @cached_property
     def views(self) -> list[View]:
         """Of all its stages, as its kernel binds them."""
         return list(_bindings(self.stages))
 
     def places(self, run: Run) -> list[int]:
-        """Which stages a run (of roles) is; none, if it is no run of this family."""
-        return _places_in(self.stages, run)
+        """Which of the stages a run of the family is."""
+        rest = iter(enumerate(self.stages))
+        return [next(i for i, stage in rest if stage == d) for d in run]
 
 
-def _places_in(stages: Run, run: Run) -> list[int]:
-    rest = iter(enumerate(stages))
-    places = [next((i for i, stage in rest if stage == d), -1) for d in run]
-    return [] if -1 in places else places
-
-
-def _families(runs: Sequence[Run], n_workgroup: int, limits: DeviceLimits) -> list[Family]:
-    """Few sequences of stages, in which every run is found."""
-    unions: list[Run] = []
-    for run in runs:
-        for i, known in enumerate(unions):
-            union = known if _places_in(known, run) else _union(known, run)
-            shared = len(known) + len(run) - len(union)
-            if 2 * shared >= len(run) and _kinds(run) == _kinds(known) and _fit(union, n_workgroup, limits):
-                unions[i] = union
+def _families(runs: Iterable[Run], n_workgroup: int, limits: DeviceLimits) -> list[Family]:
+    """The families of all runs that have more than one dispatch."""
+    families: list[Family] = []
+    for run in dict.fromkeys(run for run in runs if len(run) > 1):
+        for i, family in enumerate(families):
+            union = _union(family.stages, run)
+            shared = len(family.stages) + len(run) - len(union)
+            if 2 * shared >= len(run) and _kinds(run) == _kinds(family.stages) and _fit(union, n_workgroup, limits):
+                families[i] = Family(union, (*family.runs, run))
                 break
         else:
-            unions.append(run)
-    return [Family.of(union, runs) for union in unions]
+            families.append(Family(run, (run,)))
+    return families
 
 
 def _union(first: Run, second: Run) -> Run:
@@ -223,13 +216,12 @@ def _views(dispatch: Dispatch) -> list[View]:
 
 def _kernel_of(family: Family, kernels: KernelCache) -> CompiledKernel:
     """The persistent kernel of a family: what _bindings says, and sync."""
-    bindings, parts = _bindings(family.stages), list[Part]()
-    views = list(bindings)
-    for d, wait, used in zip(family.stages, family.waits, family.used, strict=True):
+    parts = list[Part]()
+    for d, wait, optional in zip(family.stages, family.waits, family.optional, strict=True):
         assert d.kernel.recipe is not None
-        own = tuple(views.index(view) for view in _views(d))
-        parts.append(Part(d.kernel.recipe, d.groups, _push_of(d.kernel, d.push), own, wait, used < family.n_run))
-    return kernels.get(layer, tuple(bindings.values()), tuple(parts))
+        own = tuple(family.views.index(view) for view in _views(d))
+        parts.append(Part(d.kernel.recipe, d.groups, _push_of(d.kernel, d.push), own, wait, optional))
+    return kernels.get(layer, tuple(_bindings(family.stages).values()), tuple(parts))
 
 
 def _one(run: Run, roles: Run, family: Family, kernel: CompiledKernel, n_workgroup: int, counter: int) -> Dispatch:

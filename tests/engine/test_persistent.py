@@ -120,6 +120,15 @@ def test_what_does_not_fit_stays_apart(tiny: GGUFFile) -> None:
     assert n(layer[:2] + runs(dispatches)[1][2:]) == 2, "two layers"
 
 
+def test_a_layer_with_nothing_to_bind_for_what_it_leaves_out_has_its_own_kernel(tiny: GGUFFile) -> None:
+    """Although all of its stages are another one's too."""
+    chain, dispatches = decode(tiny)
+    first, second, *_ = runs(dispatches)
+    found = merged(first + second[-2:], chain._lower._kernels, 2, ROOM).dispatches
+    assert [d.op for d in found] == ["blk.0", "blk.1"]
+    assert found[0].kernel.name != found[1].kernel.name
+
+
 def test_only_where_a_cpu_has_threads_and_room(tiny: GGUFFile, monkeypatch: pytest.MonkeyPatch) -> None:
     assert decode(tiny)[0].dispatches_per_layer == 1
     assert decode(tiny, persistent="off")[0].dispatches_per_layer == 5

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CANNOT = 77
-ENGINE = ("gemm_prefill", "shapes", "multi_step")
+ENGINE = ("gemm_prefill", "shapes", "multi_step", "persistent")
 TESTS = ("tests/shaders/test_gemm.py", "tests/vk/test_device.py", *(f"tests/engine/test_{name}.py" for name in ENGINE))
 
 

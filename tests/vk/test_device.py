@@ -323,3 +323,11 @@ def test_trim_gives_code_back(device: Device) -> None:
         device.trim()
         assert resident() < before
     np.testing.assert_array_equal(buffer.read(dtype=np.uint32), x)
+
+
+@pytest.mark.parametrize("kind", ["storage", "texel"])
+def test_more_buffers_than_a_kernel_may_bind_are_refused(device: Device, kind: str) -> None:
+    """lavapipe would hang."""
+    most = device.limits.max_storage_buffers if kind == "storage" else device.limits.max_texel_buffers
+    with pytest.raises(MissingFeatureError, match=f"binds {most + 1} {kind} buffers; .* has {most}"):
+        device.pipeline("many", b"", (kind,) * (most + 1), 0)
