@@ -56,12 +56,12 @@ def tell(text: str) -> None:
 
 def standard_kernels(device: Device, repeat: int) -> list[dict[str, Any]]:
     """The default matrix kernels by format, on weights that no cache holds: decode (1 token) and prefill (64)."""
-    cpu, lanes = device.info.kind == "cpu", device.limits.subgroup_size
+    cpu = device.info.kind == "cpu"
     found = []
     for fmt in FORMATS_OF_LIST:
         for n_token in TOKENS:
             n_row, n_col = BIG[1] if fmt in BIG[0] else BIG[2]
-            spec = product_spec(fmt, default_choices(cpu), n_row, n_token, cpu, lanes)
+            spec = product_spec(fmt, default_choices(cpu), n_row, n_token, cpu, device.limits)
             tell(f"kernel {spec.name}")
             found.append({"fmt": fmt, "activations": spec.activations, **measure(device, spec, n_row, n_col, n_token, repeat)})
     return found

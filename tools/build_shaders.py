@@ -82,7 +82,7 @@ MODELS = (
 )
 
 
-def device(kind: DeviceKind, subgroup: int, shared: int, coop: bool = False) -> DeviceInfo:
+def device(kind: DeviceKind, subgroup: int, shared: int, coop: bool = False, wide: bool = False) -> DeviceInfo:
     """A device of this kind. Its name is nobody's, so that nothing is tuned for it."""
     limits = replace(
         MINIMUM_LIMITS,
@@ -94,14 +94,16 @@ def device(kind: DeviceKind, subgroup: int, shared: int, coop: bool = False) -> 
         subgroup_size=subgroup,
         features=MINIMUM_LIMITS.features
         | {"subgroup_ballot", "subgroup_vote", "int64", "dot8"}
-        | ({"coopmat", "memory_model"} if coop else set()),
+        | ({"coopmat", "memory_model"} if coop else set())
+        | ({"int64_vectors"} if wide else set()),
         coop_shapes=((16, 16, 16, "f16", "f16", "f32", "f32"),) if coop else (),
     )
     return DeviceInfo(0, "built ahead", kind, 0, 0, "", "", 0, (1, 3, 0), b"", None, 1 << 40, 1 << 40, limits)
 
 
 DEVICES = (
-    device("cpu", 8, 32 << 10),  # lavapipe with AVX2
+    device("cpu", 8, 32 << 10, wide=True),  # lavapipe with AVX-512
+    device("cpu", 8, 32 << 10),  # with AVX2
     device("discrete", 32, 48 << 10, coop=True),  # NVIDIA
     device("discrete", 64, 64 << 10),  # AMD
 )

@@ -31,7 +31,7 @@ GroupNonUniformFMin GroupNonUniformSMax GroupNonUniformUMax GroupNonUniformFMax 
 """
 
 ENUMS = {
-    "Capability": """Shader Float16 Int8 Int16 StorageBuffer16BitAccess StorageBuffer8BitAccess ImageBuffer SampledBuffer
+    "Capability": """Shader Float16 Int8 Int16 Int64 StorageBuffer16BitAccess StorageBuffer8BitAccess ImageBuffer SampledBuffer
         StorageImageExtendedFormats GroupNonUniform GroupNonUniformVote GroupNonUniformArithmetic GroupNonUniformBallot
         GroupNonUniformShuffle DotProductKHR DotProductInput4x8BitPackedKHR VulkanMemoryModel""",
     "Decoration": """SpecId Block ArrayStride BuiltIn Coherent NonWritable NonReadable Binding DescriptorSet Offset

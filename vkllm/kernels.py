@@ -41,7 +41,7 @@ from vkllm.plan import (
 )
 from vkllm.plan.records import plan_records
 from vkllm.schedule import Dispatch
-from vkllm.tuned import Choices, driver_threads, product_shapes, tuned
+from vkllm.tuned import Choices, driver_threads, multiplies_wide, product_shapes, tuned
 from vkllm.vk import DeviceInfo, DeviceLimits
 from vkllm.vk.types import Format as TexelFormat
 from vkllm_codegen import Binding as KernelBinding
@@ -448,6 +448,7 @@ class Lowering:
             gather=gather,
             large=self._large(matrix),
             side_by_side=self._choices.groups_of(matrix.fmt, layout, tile, n_group, 2 if records and epilogue == "swiglu" else 1),
+            wide=multiplies_wide(matrix.fmt, layout, tile, self._limits),
             records=records,
             scale=op.scale if isinstance(op, Linear) else 1.0,
             softcap=op.softcap if isinstance(op, Linear) else 0.0,

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from vkllm.kernel_cache import compiled, pipeline_of
 from vkllm.kernels import PREFILL_CPU, PREFILL_GPU, gemm_of, texel_format
 from vkllm.models import build_graph
 from vkllm.persistent import holds_a_layer
-from vkllm.tuned import Choices, Shape, driver_threads, product_shapes, subgroup_sizes
+from vkllm.tuned import Choices, Shape, driver_threads, multiplies_wide, product_shapes, subgroup_sizes
 from vkllm.vk import Binding, Buffer, Device, DeviceLimits
 from vkllm_codegen import Binding as KernelBinding
 from vkllm_codegen import Kernel
@@ -129,14 +129,17 @@ def model_shapes(file: ModelFile) -> Counter[Shape]:
     return product_shapes(graph, {part.weight: device_type(file.tensors[part.weight].type) for part in graph.parts()})
 
 
-def product_spec(fmt: str, choices: Choices, n_row: int, n_token: int, lane_row: bool, lanes: int) -> MatmulSpec:
+def product_spec(fmt: str, choices: Choices, n_row: int, n_token: int, lane_row: bool, limits: DeviceLimits) -> MatmulSpec:
     """The product of so many tokens that the engine would choose, with nothing fused."""
+    lanes = choices.lanes or limits.subgroup_size
     integers = choices.activations == "int8" and bool(FORMATS[fmt].n_sub)
     layout = choices.layout(fmt, lane_row, lanes, integers)
     integers = integers and layout.kind != "lane_row"
     tile = choices.tile_of(layout, n_token)
     together = choices.groups_of(fmt, layout, tile, layout.n_group(n_row))
-    return MatmulSpec(fmt, layout, tile, activations="int8" if integers else "f32", side_by_side=together, subgroup=lanes)
+    wide = multiplies_wide(fmt, layout, tile, limits)
+    activations: Literal["f32", "int8"] = "int8" if integers else "f32"
+    return MatmulSpec(fmt, layout, tile, activations=activations, side_by_side=together, wide=wide, subgroup=lanes)
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ class DeviceTimer:
         return self._known[key]
 
     def _matmul(self, shape: Shape, choices: Choices, n_token: int) -> float:
-        spec = product_spec(shape.fmt, choices, shape.n_row, n_token, self._lane_row, self._lanes(choices))
+        spec = product_spec(shape.fmt, choices, shape.n_row, n_token, self._lane_row, self._device.limits)
         tiled = gemm_of(spec, n_token, self._device.limits, choices)
         return self._once((spec, tiled, shape, n_token), lambda: self._run_matmul(spec, tiled, shape, n_token))
 
@@ -225,7 +228,7 @@ class DeviceTimer:
     def _layers(self, choices: Choices) -> float:
         """Products of one row, a matrix of each shape, behind one another as layers are: an op or a layer in a dispatch."""
         shapes = [shape for shape in self._shapes if not shape.gather]
-        specs = [product_spec(s.fmt, choices, s.n_row, 1, self._lane_row, self._lanes(choices)) for s in shapes]
+        specs = [product_spec(s.fmt, choices, s.n_row, 1, self._lane_row, self._device.limits) for s in shapes]
         uses = [self._use(spec, None, shape, 1) for spec, shape in zip(specs, shapes, strict=True)]
         copies = max(1, min(16, COLD_BYTES // sum(nbytes for _, nbytes in uses)))
         device, lanes = self._device, specs[0].lanes

@@ -85,6 +85,11 @@ class Choices:
         return min(counts, key=lambda n: -(-n_group // (n * driver_threads())) * n * COST_OF_GROUPS[n])
 
 
+def multiplies_wide(fmt: str, layout: Layout, tile: int, limits: DeviceLimits) -> bool:
+    """Do integer products take four rows at once? In tiles, where vectors of 64 bits cost no more than twice those of 32."""
+    return layout.kind == "lane_pair" and tile > 1 and CODED[fmt].fits_wide and "int64_vectors" in limits.features
+
+
 ALLOWED: dict[str, tuple[object, ...]] = {
     "rows": (2, 4, 8),
     "tile": (2, 4, 8, 16),

@@ -101,8 +101,8 @@ def vec(scalar: DType, count: int) -> DType:
 
 
 f16, f32 = _interned("float", 16, 1), _interned("float", 32, 1)
-i8, i16, i32 = (_interned("int", bits, 1) for bits in (8, 16, 32))
-u8, u16, u32 = (_interned("uint", bits, 1) for bits in (8, 16, 32))
+i8, i16, i32, i64 = (_interned("int", bits, 1) for bits in (8, 16, 32, 64))
+u8, u16, u32, u64 = (_interned("uint", bits, 1) for bits in (8, 16, 32, 64))
 boolean = _interned("bool", 1, 1)
 f16x2, f16x4 = vec(f16, 2), vec(f16, 4)
 f32x2, f32x3, f32x4 = (vec(f32, n) for n in (2, 3, 4))

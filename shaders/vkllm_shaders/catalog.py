@@ -123,6 +123,8 @@ def _pair_specs() -> Iterator[MatmulSpec]:
         yield from (spec(fmt), spec(fmt, tile=8), spec(fmt, side_by_side=2), spec(fmt, side_by_side=4))
         if CODED[fmt].bits in (4, 5):
             yield spec(fmt, tile=8, side_by_side=2)
+        if CODED[fmt].fits_wide:
+            yield spec(fmt, tile=8, side_by_side=2, wide=True)
     yield spec("Q4_0", tile=2)
     yield spec("Q5_K", tile=16)
     heads = partial(spec, norm=True, head_dim=64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from vkllm_codegen import Block, Buffer, Kernel, Value, f32, f32x4, kernel, read, texel, trace, u32, u32x4, write
+from vkllm_codegen import Block, Buffer, Kernel, Value, f32, f32x4, kernel, read, texel, trace, u32, u32x2, u32x4, write
 from vkllm_shaders.formats import SLOTS, CodedWeights, Layout, StepWeights, code_order, coded_of, format_of
 from vkllm_shaders.records import LANES, OWN, largest_of, n_group, scale_bits, squares_of, whole_numbers, write_record
 from vkllm_shaders.sums import tree_sum
@@ -111,7 +111,7 @@ def embed_codes(fmt: str, scale: float = 1.0, records: bool = False) -> Kernel:
                     write_record(b, bufs["record"], (t, push["n_group"], at, lane ^ j), numbers, total, bits)
 
     bindings = {"w": texel(u32x4), "params": read(u32), "x": write(f32x4)}
-    bindings |= {"norm_w": texel(f32x4), "record": write(u32), "squares": write(f32)} if records else {}
+    bindings |= {"norm_w": texel(f32x4), "record": write(u32x2), "squares": write(f32)} if records else {}
     names = ["n_chunk", "x_stride", "n_group"] + ["squares_stride"] * records
     name = f"embed_{fmt.lower()}_lane_pair" + (f"_scale{scale:.9g}" if scale != 1.0 else "") + ("_records" if records else "")
     return trace(name, bindings, dict.fromkeys(names, u32), {}, WORKGROUP, body)

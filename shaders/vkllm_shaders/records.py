@@ -70,11 +70,10 @@ def write_record(
     total: Value,
     bits: Value,
 ) -> None:
-    """Write a lane's four numbers. `place`: row, groups of a row, group, lane; `total`: of the whole group; record: u32."""
+    """Write a lane's four numbers. `place`: row, groups of a row, group, lane; `total`: of the whole group; record: u32x2."""
     row, groups, group, lane = place
-    at = (((row >> 1) * groups + group) * LANES + lane) * 4 + (row & 1) * 2
-    record[at] = as_bytes(whole)
-    record[at + 1] = bits | (total.bitcast(u32) & 0xFFFF)
+    at = (((row >> 1) * groups + group) * LANES + lane) * 2 + (row & 1)
+    record[at] = b.vec(as_bytes(whole), bits | (total.bitcast(u32) & 0xFFFF))
 
 
 def largest_of(b: Block, values: Sequence[Value]) -> Value:
@@ -112,10 +111,14 @@ def group_squares(b: Block, values: Sequence[Value]) -> Value:
     return over_lanes(b, operator.add, squares_of(values))
 
 
-def norm_factor(b: Block, squares: Buffer, row: Value, stride: Value, lane: Value, n_col: Value, eps: Value) -> Value:
-    """1 / sqrt(mean(x²) + eps) of a row. squares: f32x4 texels, `stride` (a row's texels) of them a row, zero past the groups."""
-    total = b.var(f32, 0.0)
+def norm_factors(
+    b: Block, squares: Buffer, rows: Sequence[Value], stride: Value, lane: Value, n_col: Value, eps: Value
+) -> list[Value]:
+    """1 / sqrt(mean(x²) + eps) of rows. squares: f32x4 texels, `stride` (a row's texels) of them a row, zero past the groups."""
+    totals = [b.var(f32, 0.0) for _ in rows]
     with b.range(lane, stride, step=LANES) as at:
-        part = squares[row * stride + at]
-        total.add(tree_sum([part[i] for i in range(4)]))
-    return b.rsqrt(over_lanes(b, operator.add, total.get()) / n_col.to(f32) + eps)
+        for row, total in zip(rows, totals, strict=True):
+            part = squares[row * stride + at]
+            total.add(tree_sum([part[i] for i in range(4)]))
+    sums = [over_lanes(b, operator.add, total.get()) for total in totals]
+    return [b.rsqrt(v / n_col.to(f32) + eps) for v in sums]

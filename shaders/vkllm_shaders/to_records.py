@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from vkllm_codegen import Block, Buffer, Kernel, Value, f32, f32x4, read, texel, trace, u32, write
+from vkllm_codegen import Block, Buffer, Kernel, Value, f32, f32x4, read, texel, trace, u32, u32x2, write
 from vkllm_shaders.records import LANES, group_squares, write_group
 
 
@@ -16,13 +16,13 @@ def to_records(norm: bool, gather: bool = False) -> Kernel:
         x        f32x4 texels [rows, x_stride]
         norm_w   f32x4 texels [8 n_group]; only with norm
         params   u32 [6, capacity]; only with gather: row i of the records is row params[5, i] of x, otherwise row i
-        record   u32: records of n_row rows; an odd row's place beside the last even one is left alone
+        record   u32x2: records of n_row rows; an odd row's place beside the last even one is left alone
         squares  f32 [n_row, squares_stride], written up to n_group; only with norm
     Push: x_stride: texels a row of x; n_group: groups of 32 columns a row, all of them in x; with norm: squares_stride (floats);
         with gather: capacity.
     """
     bindings = {"x": texel(f32x4)} | ({"norm_w": texel(f32x4)} if norm else {}) | ({"params": read(u32)} if gather else {})
-    bindings |= {"record": write(u32)} | ({"squares": write(f32)} if norm else {})
+    bindings |= {"record": write(u32x2)} | ({"squares": write(f32)} if norm else {})
     push = ["x_stride", "n_group"] + ["squares_stride"] * norm + ["capacity"] * gather
 
     def body(b: Block, bufs: dict[str, Buffer], given: dict[str, Value]) -> None:

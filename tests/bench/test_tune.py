@@ -222,10 +222,14 @@ CHOSEN = [
 ]
 
 
+@pytest.mark.parametrize("extra", [(), ("int64", "int64_vectors")], ids=["", "wide"])
 @pytest.mark.parametrize(("schedule", "choices"), CHOSEN, ids=str)
-def test_what_is_timed_is_what_the_engine_runs(schedule: Any, choices: Choices, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_timed_is_what_the_engine_runs(
+    schedule: Any, choices: Choices, extra: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same products, but for what is fused into them."""
-    info = replace(DEVICE, limits=replace(MINIMUM_LIMITS, subgroup_size=8))
+    features = MINIMUM_LIMITS.features | set(extra)
+    info = replace(DEVICE, limits=replace(MINIMUM_LIMITS, subgroup_size=8, features=features))
     monkeypatch.setattr(kernels, "tuned", lambda *_: choices)
     with open_model("tiny") as file:
         graph = build_graph(ModelConfig.from_gguf(file), file.tensors)
@@ -238,7 +242,7 @@ def test_what_is_timed_is_what_the_engine_runs(schedule: Any, choices: Choices, 
             fused = lower._spec(op, matrix, op.epilogue if isinstance(op, Linear) else "qkv", n_row)
             plain = replace(fused, norm=False, bias=False, epilogue="store", head_dim=0, rope_pairing="interleaved")
             n_packed = lower._n_packed(matrix)
-            assert product_spec(matrix.fmt, choices, n_packed, n_row, schedule == "lane_row", lanes=8) == plain
+            assert product_spec(matrix.fmt, choices, n_packed, n_row, schedule == "lane_row", info.limits) == plain
 
 
 def test_a_layer_in_one_dispatch_is_tried_where_a_cpu_has_threads_and_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from vkllm_codegen import (
     i8x4,
     i16,
     i32,
+    i64,
     kernel,
     read,
     readwrite,
@@ -33,6 +34,7 @@ from vkllm_codegen import (
     u32,
     u32x2,
     u32x4,
+    u64,
     write,
 )
 
@@ -139,6 +141,20 @@ def narrow(b: Block, h: Buffer, q: Buffer, u: Buffer, s: Buffer, y: Buffer, z: B
         + b.vec(bits, signed).bitcast(u32x2).y
     )
     packed[i] = (quad.x * 3).to(i8)
+
+
+@kernel(x=read(i32), y=write(u32x2), z=write(i32), local_size=8)
+def wide(b: Block, x: Buffer, y: Buffer, z: Buffer) -> None:
+    """64-bit integers: extended by sign and by zeros, cut, made of words and parted into them, moved between lanes."""
+    i = b.global_id(0)
+    v = x[i].to(i64)
+    product = v * -0x1_0000_0003 + (v >> 3)
+    fields = (b.vec(x[i].bitcast(u32), (x[i] * 7).bitcast(u32)).bitcast(u64) >> 5) & 0x000F_000F_000F_000F
+    total = fields * product.bitcast(u64) + (x[i].bitcast(u32).to(u64) << 2)
+    neighbour = b.subgroup_shuffle_xor(total, 1)
+    folded = b.const(i64, -(1 << 40)).bitcast(u32x2).y.to(u64)  # by the compiler
+    y[i] = b.select(product < -(1 << 38), neighbour ^ folded, ~total).bitcast(u32x2)
+    z[i] = (total >> 32).to(i32) - neighbour.to(i32) + (v == -5).to(i64).to(i32)
 
 
 @kernel(
@@ -248,6 +264,15 @@ SAMPLES: dict[str, Sample] = {
             "y": np.zeros(16, np.float32),
             "z": np.zeros(16, np.uint32),
             "packed": np.zeros(16, np.int8),
+        },
+        groups=(2, 1, 1),
+    ),
+    "wide": Sample(
+        wide,
+        {
+            "x": np.concatenate([[-5, 0, (1 << 31) - 1, -(1 << 31)], RNG.integers(-(1 << 31), 1 << 31, 12)]).astype(np.int32),
+            "y": np.zeros((16, 2), np.uint32),
+            "z": np.zeros(16, np.int32),
         },
         groups=(2, 1, 1),
     ),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from check import lanes, run_on_device
+from check import device, lanes, run_on_device
 from test_formats import Number, Numpy, random_blocks
 from test_matmul import Case, spec_of
 
@@ -106,6 +106,29 @@ def test_products_of_whole_numbers(fmt: str, tile: int, side_by_side: int) -> No
         Case(spec, (n_row,), n_col, n_token, seed=i).check(max_nmse=1e-11, interpreted=i == 0 and tile == 1)
 
 
+WIDE = [fmt for fmt, coded in CODED.items() if coded.fits_wide]
+
+
+@pytest.mark.parametrize("side_by_side", [1, 2])
+@pytest.mark.parametrize("fmt", WIDE)
+def test_four_rows_at_once_are_two_pairs(fmt: str, side_by_side: int) -> None:
+    """To the bit; also with the largest sums that four fields can hold."""
+    eight_lanes()
+    if "int64" not in device().limits.features:
+        pytest.skip("the device has no 64-bit integers")
+    f = FORMATS[fmt]
+    n_col, n_head = f.block * 2, f.block_bytes - f.block // 2  # of a block's bytes those before its codes
+    for tile, n_token in ((2, 1), (8, 13)):
+        case = Case(spec_of(fmt, "lane_pair", tile=tile, side_by_side=side_by_side), (100,), n_col, n_token)
+        assert np.array_equal(bits(result_of(case, wide=True)["y"]), bits(result_of(case)["y"]))
+        blocks = random_blocks(fmt, 100, n_col).reshape(100, 2, f.block_bytes)
+        blocks[::3, :, n_head:], blocks[1::3, :, n_head:] = 0x00, 0xFF
+        pack(fmt, blocks.reshape(100, -1), n_col, PAIR, case.buffers["w"].view(np.uint8).reshape(-1), case.order)
+        case.x_all[:] = np.where(np.arange(case.capacity) % 2, -1.0, 1.0)[:, None]
+        case.give_records()
+        assert np.array_equal(bits(result_of(case, wide=True)["y"]), bits(result_of(case)["y"]))
+
+
 @pytest.mark.parametrize("tile", [1, 2, 8])
 @pytest.mark.parametrize(
     "fused",
@@ -165,19 +188,21 @@ def result_of(case: Case, **fields: Any) -> dict[str, np.ndarray]:
     """What a case's kernel with other fields writes, y [n_token, n_row] starting as ones; `y_…` if it makes records."""
     spec = replace(case.spec, **fields)
     n_row = case.push["n_row"]
-    buffers = case.buffers | {"params": case.params, "y": np.ones((case.n_token, n_row), np.float32)}
+    stride = -(-n_row // 4) * 4
+    buffers = case.buffers | {"params": case.params, "y": np.ones((case.n_token, stride), np.float32)}
     buffers["y_record"] = np.full(record_nbytes(case.n_token, n_row) // 4, UNWRITTEN, np.uint32)
     buffers["y_norm_w"] = np.linspace(-1.5, 1.5, n_row, dtype=np.float32)
     buffers["y_squares"] = np.full((case.n_token, squares_stride(n_row)), UNWRITTEN, np.uint32)
-    push = case.push | {"y_stride": n_row, "y_squares_stride": squares_stride(n_row), "capacity": case.capacity}
+    push = case.push | {"y_stride": stride, "y_squares_stride": squares_stride(n_row), "capacity": case.capacity}
     kernel = matmul(spec)
-    return run_on_device(
+    got = run_on_device(
         kernel,
         {b.name: buffers[b.name] for b in kernel.bindings},
         {name: push[name] for name, _, _ in kernel.push},
         {},
         spec.groups(len(case.order), case.n_token),
     )
+    return got | {"y": got["y"].reshape(case.n_token, stride)[:, :n_row].copy()}
 
 
 @pytest.mark.parametrize("n_row", [32, 96, 160])

@@ -32,7 +32,7 @@ def _extensions(program: Program) -> list[str]:
              "GL_KHR_shader_subgroup_basic"}  # fmt: skip
     found |= {f"GL_KHR_shader_subgroup_{SUBGROUP_PARTS[op.code]}" for op in ops if op.code in SUBGROUP_PARTS}
     for op in ops:
-        if op.code in SUBGROUP_PARTS and isinstance(op.dtype, DType) and 1 < op.dtype.bits < 32:
+        if op.code in SUBGROUP_PARTS and isinstance(op.dtype, DType) and op.dtype.bits not in (1, 32):
             kind = "float" if op.dtype.is_float else "int"
             found.add(f"GL_EXT_shader_subgroup_extended_types_{kind}{op.dtype.bits}")
     if any(op.code in COOP_CODES for op in ops):

@@ -155,6 +155,8 @@ def _retype(text: str, source: DType, target: DType) -> str:
 
 def _to_words(text: str, source: DType) -> list[str]:
     """The bits as 32-bit unsigned expressions."""
+    if source.bits == 64:
+        return [f"unpackUint2x32(uint64_t({text})).{c}" for c in "xy"]
     if source.bits == 32:
         parts = [text] if source.count == 1 else [f"{text}.{c}" for c in "xyzw"[: source.count]]
         return [_retype(p, source.scalar, u32) for p in parts]
@@ -167,6 +169,8 @@ def _to_words(text: str, source: DType) -> list[str]:
 
 def _from_words(words: list[str], target: DType) -> str:
     """A vector or scalar of these bits."""
+    if target.bits == 64:
+        return f"{type_name(target)}(packUint2x32(uvec2({', '.join(words)})))"
     if target.bits == 32:
         parts = [_retype(w, u32, target.scalar) for w in words]
     elif target.is_float:

@@ -11,10 +11,12 @@ from ..types import CoopType, DType
 SCALARS = {
     ("float", 32): "float", ("float", 16): "float16_t", ("bool", 1): "bool", ("int", 32): "int", ("uint", 32): "uint",
     ("int", 16): "int16_t", ("uint", 16): "uint16_t", ("int", 8): "int8_t", ("uint", 8): "uint8_t",
+    ("int", 64): "int64_t", ("uint", 64): "uint64_t",
 }  # fmt: skip
 VECTORS = {
     ("float", 32): "vec", ("float", 16): "f16vec", ("bool", 1): "bvec", ("int", 32): "ivec", ("uint", 32): "uvec",
     ("int", 16): "i16vec", ("uint", 16): "u16vec", ("int", 8): "i8vec", ("uint", 8): "u8vec",
+    ("int", 64): "i64vec", ("uint", 64): "u64vec",
 }  # fmt: skip
 TEXEL_LAYOUTS = {"u32": "r32ui", "u32x4": "rgba32ui", "i32": "r32i", "i32x4": "rgba32i", "f32": "r32f", "f32x4": "rgba32f",
                  "f16x4": "rgba16f"}  # fmt: skip
@@ -45,6 +47,8 @@ def constant(dtype: DType, value: Any) -> str:
         return "true" if value else "false"
     if dtype.is_float:
         return _float(dtype, value)
+    if dtype.bits == 64:
+        return f"{type_name(dtype)}({value & (1 << 64) - 1}ul)"
     text = f"{value}u" if dtype.kind == "uint" else f"({value})" if value < 0 else str(value)
     if value == -(1 << 31):
         text = "int(0x80000000u)"

@@ -32,7 +32,7 @@ COMPARE: dict[OpCode, Callable[[Any, Any], bool]] = {
     OpCode.GE: operator.ge,
 }  # fmt: skip
 FORMATS = {("float", 16): "e", ("float", 32): "f", ("int", 8): "b", ("uint", 8): "B", ("int", 16): "h", ("uint", 16): "H",
-           ("int", 32): "i", ("uint", 32): "I"}  # fmt: skip
+           ("int", 32): "i", ("uint", 32): "I", ("int", 64): "q", ("uint", 64): "Q"}  # fmt: skip
 
 
 def evaluate(op: Op) -> Any:

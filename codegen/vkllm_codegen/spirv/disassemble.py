@@ -82,6 +82,9 @@ class _Printer:
             elif kind == "LiteralString":
                 text, at = _string(words, at)
                 texts.append(f'"{text}"')
+            elif kind == "LiteralContextDependentNumber":
+                texts.append(self._number(words[0], words[at:]))
+                at = len(words)
             else:
                 texts.append(self._operand(kind, words[at], words))
                 at += 1
@@ -97,8 +100,6 @@ class _Printer:
     def _operand(self, kind: str, word: int, words: tuple[int, ...]) -> str:
         if kind.startswith(("Id", "PairIdRefIdRef")):
             return self.id(word)
-        if kind == "LiteralContextDependentNumber":
-            return self._number(words[0], word)
         if kind == "LiteralExtInstInteger":
             return GLSL_NAMES.get(word, str(word))
         if kind == "LiteralSpecConstantOpInteger":
@@ -111,9 +112,12 @@ class _Printer:
             return names.get(word, str(word))
         return "|".join(n for bit, n in sorted(names.items()) if bit and word & bit)
 
-    def _number(self, type_id: int, word: int) -> str:
+    def _number(self, type_id: int, words: tuple[int, ...]) -> str:
+        """A literal of one word, or of two, the lower first."""
         kind, bits = self.types[type_id]
+        word = sum(part << (32 * i) for i, part in enumerate(words))
         if kind == "float":
             code, data = ("<e", struct.pack("<H", word)) if bits == 16 else ("<f", struct.pack("<I", word))
             return repr(struct.unpack(code, data)[0])
-        return str(word - (1 << 32) if kind == "int" and word >> 31 else word)
+        size = 32 * len(words)
+        return str(word - (1 << size) if kind == "int" and word >> (size - 1) else word)

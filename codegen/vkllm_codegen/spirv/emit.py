@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..ir import LEAVES, Op, OpCode, Program, Region
-from ..types import CoopType, DType, boolean, f32, i32, u32, vec
+from ..types import CoopType, DType, boolean, f32, i32, i64, u32, u64, vec
 from . import select
 from .features import declare, program_features
 from .interface import Interface
@@ -116,26 +116,27 @@ class _Function:
     # conversions
 
     def cast(self, op: Op) -> int:
-        """Through 32 bits: narrow types are only resized, as the storage capabilities demand."""
+        """Through 32 bits: narrow types are only resized, as the storage capabilities demand. To 64 bits only from integers."""
         source, target = op.src[0].dtype, op.dtype
         assert isinstance(source, DType) and isinstance(target, DType)
         value = self.id(op.src[0])
         if source.is_bool:
             value, source = self._from_bool(value, target)
-        if source.bits < 32:
-            source = _wide(source)
+        bits = 64 if target.bits == 64 or (target.is_bool and source.bits == 64) else 32
+        if source.bits != bits:
+            source = _wide(source, bits)
             value = self.result(select.RESIZES[source.kind], source, value)
         if target.is_bool:
             return self._to_bool(value, source, target)
         if source.kind != target.kind:
             conversion = select.CONVERSIONS[source.kind, target.kind]
-            value = self.result(conversion, _wide(target), value)
+            value = self.result(conversion, _wide(target, bits), value)
         if target.bits < 32:
             value = self.result(select.RESIZES[target.kind], target, value)
         return value
 
     def _from_bool(self, value: int, target: DType) -> tuple[int, DType]:
-        wide = _wide(target)
+        wide = _wide(target, max(32, target.bits))
         one, zero = (self._splat(wide, n) for n in (1, 0))
         return self.result("Select", wide, value, one, zero), wide
 
@@ -367,13 +368,10 @@ class _Function:
         self.start_block(stay)
 
 
-def _wide(dtype: DType) -> DType:
-    """The 32-bit type of the same kind and length."""
-    base = {"float": f32, "uint": u32}.get(dtype.kind)
-    return base.with_count(dtype.count) if base else _WIDE_INT.with_count(dtype.count)
-
-
-_WIDE_INT = i32
+def _wide(dtype: DType, bits: int) -> DType:
+    """The type of the same kind and length with components of 32 bits, or of 64 for integers; signed for booleans."""
+    base = {("float", 32): f32, ("uint", 32): u32, ("uint", 64): u64, ("int", 64): i64}.get((dtype.kind, bits), i32)
+    return base.with_count(dtype.count)
 
 Handler = Callable[[_Function, Op], int | None]
 HANDLERS: dict[OpCode, Handler] = {

@@ -8,8 +8,9 @@ from .module import VALUES, Module
 
 STORAGE_ONLY_RESULTS = frozenset({OpCode.BUF_LOAD, OpCode.CAST})
 STORAGE_ONLY_USES = frozenset({OpCode.BUF_STORE, OpCode.CAST})
-NARROW = {("float", 16): "float16", ("int", 16): "int16", ("uint", 16): "int16", ("int", 8): "int8", ("uint", 8): "int8"}
-CAPABILITIES = {"float16": "Float16", "int16": "Int16", "int8": "Int8", "storage16": "StorageBuffer16BitAccess",
+SIZED = {("float", 16): "float16", ("int", 16): "int16", ("uint", 16): "int16", ("int", 8): "int8", ("uint", 8): "int8",
+         ("int", 64): "int64", ("uint", 64): "int64"}  # fmt: skip
+CAPABILITIES = {"float16": "Float16", "int16": "Int16", "int8": "Int8", "int64": "Int64", "storage16": "StorageBuffer16BitAccess",
                 "storage8": "StorageBuffer8BitAccess"}  # fmt: skip
 OPERATION_FEATURES = {
     OpCode.SG_ADD: "subgroup_arith", OpCode.SG_MAX: "subgroup_arith", OpCode.SG_MIN: "subgroup_arith",
@@ -32,21 +33,21 @@ def _storage_feature(binding: Binding) -> str:
     return f"storage{binding.dtype.bits}"
 
 
-def _narrow(dtype: DType | CoopType | None) -> str | None:
+def _sized(dtype: DType | CoopType | None) -> str | None:
     if isinstance(dtype, CoopType):
         dtype = dtype.element
-    return NARROW.get((dtype.kind, dtype.bits)) if dtype is not None else None
+    return SIZED.get((dtype.kind, dtype.bits)) if dtype is not None else None
 
 
 def _op_features(op: Op) -> set[str]:
     """Narrow types may be loaded, stored and resized with the storage features alone; computing needs more."""
     words = {OPERATION_FEATURES.get(op.code, "")}
     if op.code not in STORAGE_ONLY_RESULTS:
-        words.add(_narrow(op.dtype) or "")
+        words.add(_sized(op.dtype) or "")
     if op.code not in STORAGE_ONLY_USES:
-        words |= {_narrow(s.dtype) or "" for s in op.src}
+        words |= {_sized(s.dtype) or "" for s in op.src}
     else:
-        words |= {_narrow(s.dtype) or "" for s in op.src if s.code is OpCode.CONST}
+        words |= {_sized(s.dtype) or "" for s in op.src if s.code is OpCode.CONST}
     return words - {""}
 
 

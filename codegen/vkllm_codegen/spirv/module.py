@@ -27,13 +27,15 @@ def string_words(text: str) -> list[int]:
     return list(struct.unpack(f"<{len(data) // 4}I", data))
 
 
-def constant_words(dtype: DType, value: float) -> int:
-    """The one literal word of a scalar constant of at most 32 bits."""
+def constant_words(dtype: DType, value: float) -> tuple[int, ...]:
+    """The literal words of a scalar constant: one, or two of 64 bits."""
     if dtype.is_float:
         code, mask = ("<e", "<H") if dtype.bits == 16 else ("<f", "<I")
         bits: int = struct.unpack(mask, struct.pack(code, value))[0]
-        return bits
-    return int(value) & 0xFFFFFFFF  # narrow signed integers are sign-extended, unsigned ones zero-extended
+        return (bits,)
+    if dtype.bits == 64:
+        return int(value) & 0xFFFFFFFF, (int(value) >> 32) & 0xFFFFFFFF
+    return (int(value) & 0xFFFFFFFF,)  # narrow signed integers are sign-extended, unsigned ones zero-extended
 
 
 class Module:
@@ -119,7 +121,7 @@ class Module:
             return self._typed_constant("ConstantComposite", self.type(dtype), *parts)
         if dtype.is_bool:
             return self._typed_constant("ConstantTrue" if value else "ConstantFalse", self.type(dtype))
-        return self._typed_constant("Constant", self.type(dtype), constant_words(dtype, value))
+        return self._typed_constant("Constant", self.type(dtype), *constant_words(dtype, value))
 
     def _typed_constant(self, op: str, type_id: int, *words: int) -> int:
         key = (op, type_id, *words)
@@ -135,7 +137,7 @@ class Module:
         if dtype.is_bool:
             self.add("globals", "SpecConstantTrue" if default else "SpecConstantFalse", type_id, result)
         else:
-            self.add("globals", "SpecConstant", type_id, result, constant_words(dtype, default))
+            self.add("globals", "SpecConstant", type_id, result, *constant_words(dtype, default))
         self.decorate(result, "SpecId", number)
         self.name(result, name)
         return result

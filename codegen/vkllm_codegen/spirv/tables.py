@@ -154,6 +154,7 @@ ENUMS: dict[str, dict[str, int]] = {
         "Float16": 9,
         "Int8": 39,
         "Int16": 22,
+        "Int64": 11,
         "StorageBuffer16BitAccess": 4433,
         "StorageBuffer8BitAccess": 4448,
         "ImageBuffer": 47,

@@ -98,6 +98,13 @@ def same_count(op: Op) -> str | None:
     return None if source.count == target.count else f"{op.code} of {source!r} to {target!r}: component counts differ"
 
 
+def cast_sizes(op: Op) -> str | None:
+    source, target = op.src[0].dtype, op.dtype
+    assert isinstance(source, DType) and isinstance(target, DType)
+    mixed = 64 in (source.bits, target.bits) and (source.is_float or target.is_float)
+    return f"{op.code} of {source!r} to {target!r}: no conversion between floats and 64 bits" if mixed else None
+
+
 def component(op: Op) -> str | None:
     vector = op.src[0].dtype
     assert isinstance(vector, DType)
@@ -212,7 +219,7 @@ RULES: dict[OpCode, tuple[Rule, ...]] = {
     **dict.fromkeys((O.NEG, O.ABS), (operands(1), same_type(), operand_kind(0, *NUMBER))),
     **dict.fromkeys((O.EQ, O.NE, O.LT, O.LE, O.GT, O.GE), (operands(2), comparison)),
     O.SELECT: (operands(3), same_type(1), select_condition),
-    O.CAST: (operands(1), same_count),
+    O.CAST: (operands(1), same_count, cast_sizes),
     O.BITCAST: (operands(1), same_bits),
     O.VEC: (operands(2, 3, 4), vector_of_operands),
     O.EXTRACT: (operands(1), component),

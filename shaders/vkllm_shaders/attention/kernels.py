@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from vkllm_codegen import Block, Buffer, Kernel, Value, f32, f32x4, read, texel, trace, u32, u32x4, write
+from vkllm_codegen import Block, Buffer, Kernel, Value, f32, f32x4, read, texel, trace, u32, u32x2, u32x4, write
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.attention.lane_chunk import lane_chunk
 from vkllm_shaders.attention.lane_row import lane_row
@@ -19,7 +19,7 @@ def direct(spec: AttentionSpec) -> Kernel:
     """q f32 [T, n_head * head_dim] → out f32 of the same shape, each row over all that it sees. Dispatch: (1, n_kv_head, T).
 
     Bindings: q (texel f32x4), k, v (lane_row: texel u32x4; lane_chunk: storage), block_table, params, with sinks: sinks
-    (f32 [n_head]), out (storage), with records: record (u32, the same rows in 8 bits: records.py). k and v are
+    (f32 [n_head]), out (storage), with records: record (u32x2, the same rows in 8 bits: records.py). k and v are
     [n_block, n_kv_head, block_size] rows of cache_row_nbytes bytes.
     Push: n_token (T of the params buffer), n_kv_head, with windowed: window (0: all positions are seen), with records: n_group
         (groups of a row: n_head * head_dim / 32).
@@ -42,7 +42,7 @@ def _attention(spec: AttentionSpec, direct: bool) -> Kernel:
     body, bulk = (lane_row, texel(u32x4)) if spec.schedule == "lane_row" else (lane_chunk, read(u32x4))
     bindings = {"q": texel(f32x4), "k": bulk, "v": bulk, "block_table": texel(u32), "params": read(u32)}
     bindings |= ({"sinks": read(f32)} if spec.sinks and direct else {}) | {"out": write(f32)}
-    bindings |= {"record": write(u32)} if spec.records else {}
+    bindings |= {"record": write(u32x2)} if spec.records else {}
 
     def attention(b: Block, bufs: dict[str, Buffer], push: dict[str, Value]) -> None:
         params, n_token, n_kv_head = bufs["params"], push["n_token"], push["n_kv_head"]

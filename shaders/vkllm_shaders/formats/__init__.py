@@ -23,7 +23,7 @@ Source of the block structures: ggml's quantization formats as gguf.quants dequa
 """
 
 from vkllm_shaders.formats.base import SLOTS, STEP, Format, StepWeights
-from vkllm_shaders.formats.coded import CODED, STEP_COLUMNS, Coded, CodedWeights, code_order, coded_of
+from vkllm_shaders.formats.coded import CODED, FIELDS, STEP_COLUMNS, Coded, CodedWeights, code_order, coded_of
 from vkllm_shaders.formats.layout import Layout
 from vkllm_shaders.formats.orders import pack_vector, row_order
 from vkllm_shaders.formats.packing import pack, packed_nbytes, packed_shape
@@ -31,6 +31,7 @@ from vkllm_shaders.formats.table import FORMATS, format_of
 
 __all__ = [
     "CODED",
+    "FIELDS",
     "FORMATS",
     "SLOTS",
     "STEP",

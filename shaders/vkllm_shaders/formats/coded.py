@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vkllm_codegen import Block, Value, f32, i32
+from vkllm_codegen import Block, Value, f32, i32, u64
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.formats.base import Load, Texels
 
 STEP_COLUMNS = 32
 PAIR_ROWS = 4  # rows of a lane: two pairs
 PAIR_LANES = 8
+FIELDS = 0x0001_0001_0001_0001  # a one in each 16 bits of 64
 
 
 def code_order(group: int) -> list[tuple[int, int]]:
@@ -96,6 +97,11 @@ class Coded:
         return -(-n_col // self.chunk)
 
     @property
+    def fits_wide(self) -> bool:
+        """Does a whole step add up within 16 bits, so that its sums are read off only once?"""
+        return self.limit == STEP_COLUMNS
+
+    @property
     def limit(self) -> int:
         """Codes, counted from the middle of their range, whose products with 8 bits add up within 16."""
         return min(self.group, 32767 // (127 << (self.bits - 1)))
@@ -140,6 +146,13 @@ class CodedWeights(Texels):
         per_word = 16 // bits
         word, shift = self.body(index // per_word * 2 + pair), index % per_word * bits
         return ((word >> shift if shift else word) & (((1 << bits) - 1) * 0x10001)).bitcast(i32)
+
+    def four(self, index: int) -> Value:
+        """u64: code `index` of all four rows, 16 bits each."""
+        per_word, bits = 16 // self.coded.bits, self.coded.bits
+        at, shift = index // per_word * 2, index % per_word * bits
+        word = self.keep(("four", at), lambda: self.b.vec(self.body(at), self.body(at + 1)).bitcast(u64))
+        return (word >> shift if shift else word) & (((1 << bits) - 1) * FIELDS)
 
     def _six(self, pair: int, index: int) -> Value:
         """Two whole codes in each of three words, A, B, C; the others have four bits in A or B and two in C."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from vkllm_codegen import Block, Value, f16, f32, u32
+from vkllm_codegen import Value, f16, f32, u32
 from vkllm_shaders.matmul.spec import NO_SLOT
-from vkllm_shaders.records import GROUP, LANES, OWN, group_squares, norm_factor, write_group
+from vkllm_shaders.records import GROUP, LANES, OWN, group_squares, norm_factors, write_group
 from vkllm_shaders.sums import at_most, tanh, tree_sum
 
 if TYPE_CHECKING:
@@ -28,31 +28,22 @@ class Finish:
         if body.ahead is not None:  # never so
             values[0][0] = b.select(body.ahead.get() == 0xFFFFFFFF, 0.0, values[0][0])
         if self.spec.norm:
-            for t, token in enumerate(values):
-                scale = self._norm(t)
-                values[t] = [v * scale for v in token]
+            values = [[v * scale for v in token] for token, scale in zip(values, self._norms(), strict=True)]
         if not self.spec.on_lavapipe:
             self._spread(values)
-        elif self.spec.records:
-            self._with_records(values)
+        elif self.spec.neighbours > 1:
+            self._in_vectors(values)
         else:
             self._each(values)
 
-    def _norm(self, t: int) -> Value:
-        """1 / sqrt(mean(x²) + eps) of a token: from its squares, gathered here or by who wrote its record."""
+    def _norms(self) -> list[Value]:
+        """1 / sqrt(mean(x²) + eps) of the tokens: from their squares, gathered here or by who wrote their records."""
         push = self.push
         if self.spec.from_records:
-            return norm_factor(
-                self.b,
-                self.bufs["squares"],
-                self.body.x_rows[t],
-                push["squares_stride"],
-                self.body.lane,
-                push["n_col"],
-                push["eps"],
-            )
-        squares = self._sum_lanes(self.body.squares[t].get())
-        return self.b.rsqrt(squares / push["n_col"].to(f32) + push["eps"])
+            stride, n_col, eps = push["squares_stride"], push["n_col"], push["eps"]
+            return norm_factors(self.b, self.bufs["squares"], self.body.x_rows, stride, self.body.lane, n_col, eps)
+        squares = [self._sum_lanes(var.get()) for var in self.body.squares]
+        return [self.b.rsqrt(v / push["n_col"].to(f32) + push["eps"]) for v in squares]
 
     def _sum_lanes(self, v: Value) -> Value:
         if not self.spec.on_lavapipe:
@@ -87,34 +78,39 @@ class Finish:
         behind = self.b.select(group < half, self.b.const(u32, 0), 1)
         return (group - half * behind) * layout.group_rows + lane * layout.rows + (r // 2 + behind * 2)
 
-    def _with_records(self, values: list[list[Value]]) -> None:
-        """Store y and its record, a lane its four neighbours of each 32 columns."""
-        b, push, spec, lane = self.b, self.push, self.spec, self.body.lane
-        groups = push["n_row"] // GROUP
+    def _in_vectors(self, values: list[list[Value]]) -> None:
+        """A lane's rows of y that follow one another at once, and their record."""
+        b, push, spec = self.b, self.push, self.spec
+        n = spec.neighbours
+        step = 2 * n if spec.gated else n  # rows of w
         for t, token in enumerate(values):
             row = self.body.token(t)
-            token = self._scaled([self._biased([v], self._packed(r))[0] for r, v in enumerate(token)])
-            for first in range(0, len(token), self.body.rows if spec.epilogue == "residual" else 2 * self.body.rows):
-                group = self.body.groups[first // self.body.rows]
-                if spec.epilogue == "swiglu":
-                    pairs = [token[first + i : first + i + 2] for i in range(0, 2 * self.body.rows, 2)]
-                    own = [_swiglu(b, gate, up) for gate, up in pairs]
-                else:
-                    own = token[first : first + self.body.rows]
-                with b.when((group < groups) & (row < push["n_token"])):
-                    at = row * push["y_stride"] + push["first_row"] + group * GROUP + lane * OWN
-                    if spec.epilogue == "swiglu":
-                        for i, v in enumerate(own):
-                            self.bufs["y"][at + i] = v
-                        write_group(b, self.bufs["y_record"], row, groups, group, lane, own)
-                        continue
-                    whole = self.bufs["y"][at >> 2] + b.vec(*own)
-                    self.bufs["y"][at >> 2] = whole
-                    scaled = whole * self.bufs["y_norm_w"][group * LANES + lane]
-                    write_group(b, self.bufs["y_record"], row, groups, group, lane, [scaled[i] for i in range(OWN)])
-                    squares = group_squares(b, [whole[i] for i in range(OWN)])
-                    with b.when(lane == 0):
-                        self.bufs["y_squares"][row * push["y_squares_stride"] + group] = squares
+            for first in range(0, len(token), step):
+                at = self._row(first)
+                with b.when((at < push["n_row"]) & (row < push["n_token"])):
+                    own = [v for i in range(first, first + step, 2) for v in self._biased(token[i : i + 2], self._packed(i))]
+                    own = self._scaled(own)
+                    if spec.gated:
+                        own = [self._gate(*own[i : i + 2]) for i in range(0, step, 2)]
+                    place = (row * push["y_stride"] + push["first_row"] + at) // n
+                    whole = b.vec(*own)
+                    if spec.epilogue == "residual":
+                        whole = self.bufs["y"][place] + whole
+                    self.bufs["y"][place] = whole
+                    if spec.records:
+                        self._record(whole, row, at // GROUP)
+
+    def _record(self, y: Value, row: Value, group: Value) -> None:
+        """The record of a group of 32 columns of y, a lane its four; for a norm that of y * norm_w, and the squares of y."""
+        b, push, lane = self.b, self.push, self.body.lane
+        with_norm = self.spec.epilogue == "residual"
+        scaled = y * self.bufs["y_norm_w"][group * LANES + lane] if with_norm else y
+        groups = push["n_row"] // GROUP
+        write_group(b, self.bufs["y_record"], row, groups, group, lane, [scaled[i] for i in range(OWN)])
+        if with_norm:
+            squares = group_squares(b, [y[i] for i in range(OWN)])
+            with b.when(lane == 0):
+                self.bufs["y_squares"][row * push["y_squares_stride"] + group] = squares
 
     def _spread(self, values: list[list[Value]]) -> None:
         """All lanes hold all sums: each lane takes one (token, row or pair) and stores it."""
@@ -149,19 +145,23 @@ class Finish:
                 return
             at = token * self.push["y_stride"] + self.push["first_row"] + row
             values = self._scaled(values)
-            if self.spec.epilogue == "swiglu":
-                y[at] = _swiglu(b, *values)
-            elif self.spec.epilogue == "geglu":
-                gate, up = values
-                inner = (gate * gate * 0.044715 + 1.0) * gate * math.sqrt(2.0 / math.pi)
-                y[at] = (tanh(b, inner) + 1.0) * gate * 0.5 * up
-            elif self.spec.epilogue == "swiglu_oai":
-                gate, up = at_most(b, values[0], OAI_LIMIT), -at_most(b, -at_most(b, values[1], OAI_LIMIT), OAI_LIMIT)
-                y[at] = gate / (b.exp(gate * -OAI_ALPHA) + 1.0) * (up + 1.0)
+            if self.spec.gated:
+                y[at] = self._gate(*values)
             elif self.spec.epilogue == "residual":
                 y[at] = y[at] + values[0]
             else:
                 y[at] = values[0]
+
+    def _gate(self, gate: Value, up: Value) -> Value:
+        """What a gate lets through."""
+        b = self.b
+        if self.spec.epilogue == "geglu":
+            inner = (gate * gate * 0.044715 + 1.0) * gate * math.sqrt(2.0 / math.pi)
+            return (tanh(b, inner) + 1.0) * gate * 0.5 * up
+        if self.spec.epilogue == "swiglu_oai":
+            gate, up = at_most(b, gate, OAI_LIMIT), -at_most(b, -at_most(b, up, OAI_LIMIT), OAI_LIMIT)
+            return gate / (b.exp(gate * -OAI_ALPHA) + 1.0) * (up + 1.0)
+        return gate / (b.exp(-gate) + 1.0) * up
 
     def _biased(self, values: list[Value], packed: Value) -> list[Value]:
         """Rows that follow one another in a lane, the first packed row given, plus their biases."""
@@ -210,6 +210,3 @@ class Finish:
                 self.bufs["v"][at] = a.to(f16)
                 self.bufs["v"][at + distance] = c.to(f16)
 
-
-def _swiglu(b: Block, gate: Value, up: Value) -> Value:
-    return gate / (b.exp(-gate) + 1.0) * up

@@ -23,20 +23,21 @@ def matmul(spec: MatmulSpec) -> Kernel:
         norm_w  f32x4 texels [n_col], padded like x: finite there
         (lane_pair: x is the records of norm_w * x, and `squares` takes the place of norm_w, both as records.py says)
         bias    f32 in packed row order (formats.pack_vector)
-        y       f32 [n_token, y_stride]; "residual" adds to it; or, for "qkv", q, k, v, rope:
+        y       f32 [n_token, y_stride], in vectors of spec.neighbours; "residual" adds to it; or, for "qkv", q, k, v, rope:
         q       f32 [n_token, n_head * head_dim]; k, v: f16 [n_block, n_kv_head, block_size, head_dim];
         rope    f32x4 texels of f32 [positions, head_dim / 2, 2]
         ids     u32 [n_token]: for experts, the one of each row of y; or, for tiles, u32 [n_tile] the one of each tile, and
         rows    u32 [n_tile, tile]: its rows of y; NO_SLOT for none, in both (anything, where the tile has no expert)
         params  u32 [6, capacity]: for "qkv" (positions, cache rows of KV head 0) and for gather (output rows)
-        with `records` y_record (of y), and for "residual", whose y is f32x4, y_norm_w (f32x4 texels) and y_squares
+        with `records` y_record (of y), and for "residual" y_norm_w (f32x4 texels) and y_squares
     Push: n_chunk: chunks a row; n_group: row groups of w; x_stride: texels a row of x (lane_pair: groups of 32 columns);
         n_token: rows to compute; n_row: rows of y that these weights make ("swiglu": of the gate; "qkv": of the parts together);
         first_row: y's first of them ("qkv", "pairs": counted over q, k, v one below the other); n_col and eps: for the norm;
         capacity: T of params; y_stride: floats a row of y; squares_stride: texels a row of squares; y_squares_stride: floats.
         For experts n_token counts rows of y (tokens times experts used), n_group and n_row are those of one expert, and row i
         of y reads row i // n_share of x.
-    Nothing is written for rows from n_row and tokens from n_token on; a cache row of 0xFFFFFFFF is not written.
+    Nothing is written for tokens from n_token on, nor for rows from n_row on, but the rest of a vector, which counts as zero
+    (first_row and y_stride are whole vectors). A cache row of 0xFFFFFFFF is not written.
     """
     local = spec.lanes * (1 if spec.on_lavapipe else spec.subgroups)
     doc = "y[t, row] = epilogue(sum_k weight[row, k] * norm(x)[t, k] + bias[row])"

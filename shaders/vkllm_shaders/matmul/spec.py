@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vkllm_codegen import Binding, DType, f16, f32, f32x4, read, readwrite, texel, u32, u32x4, write
+from vkllm_codegen import Binding, DType, f16, f32, f32x4, read, readwrite, texel, u32, u32x2, u32x4, write
 from vkllm_codegen.errors import KernelError
 from vkllm_shaders.formats import Layout, coded_of, format_of
 
@@ -25,8 +25,9 @@ class MatmulSpec:
     activations: "f32" or "int8"; gather: x row i is params[5 T + i]; large: w comes through a texel view, which
     reaches further than a storage buffer (lane_row always does so); experts: w holds several matrices of equal shape, one behind
     the other, and each row of y names the one that it wants (tile > 1: each tile of rows, see experts.tiles);
-    side_by_side: row groups that a workgroup of lane_pair takes together, sharing their x; records: what y becomes is written as
-    records as well, for the next product ("residual", and "swiglu" two groups side by side);
+    side_by_side: row groups that a workgroup of lane_pair takes together, sharing their x; wide: it multiplies four rows at once,
+    in 64 bits, instead of two (tiles of formats whose sums leave room for that: Coded.fits_wide); records: what y becomes is
+    written as records as well, for the next product ("residual", and "swiglu" two groups side by side);
     scale, softcap (0: none): of the product, before it is stored or added: softcap * tanh(y * scale / softcap);
     rope_pairing, head_dim: for "qkv", and for "pairs": the same weights, for a product that is stored as it is;
     subgroup, subgroups: size and number of subgroups a workgroup of lane_chunk (lane_row: layout.lanes, one).
@@ -43,6 +44,7 @@ class MatmulSpec:
     large: bool = False
     experts: bool = False
     side_by_side: int = 1
+    wide: bool = False
     records: bool = False
     scale: float = 1.0
     softcap: float = 0.0
@@ -74,6 +76,11 @@ class MatmulSpec:
                 f"{self.side_by_side} row groups side by side, {self.epilogue}{', records' * self.records}",
                 hint="expected 1, 2 or 4 of lane_pair; records come from residual, or from swiglu with 2 or 4",
             )
+        if self.wide and not (self.from_records and self.tile > 1 and coded_of(self.fmt).fits_wide):
+            raise KernelError(
+                f"wide products of {self.fmt}, tile {self.tile}, {self.layout.kind}",
+                hint="expected 4-bit codes in tiles of lane_pair",
+            )
         if self.records and self.experts:
             raise KernelError("records of experts", hint="expected a dispatch of to_records behind them")
         if self.of_heads and (self.head_dim < 4 or self.head_dim % 4):
@@ -93,6 +100,13 @@ class MatmulSpec:
     def gated(self) -> bool:
         """Is a row made of two rows of w, a gate and what it lets through?"""
         return self.epilogue in ("swiglu", "geglu", "swiglu_oai")
+
+    @property
+    def neighbours(self) -> int:
+        """Rows of y that a lane writes at once, because they follow one another."""
+        if not self.from_records or not (self.gated or self.epilogue == "residual"):
+            return 1
+        return self.layout.rows // 2 if self.gated and self.side_by_side == 1 else self.layout.rows
 
     @property
     def in_tiles(self) -> bool:
@@ -122,7 +136,7 @@ class MatmulSpec:
     def name(self) -> str:
         parts = ["matmul", self.fmt.lower(), self.layout.kind, f"s{self.lanes}", f"r{self.layout.rows}", f"t{self.tile}"]
         parts += [] if self.on_lavapipe else [f"n{self.subgroups}"]
-        parts += [word for word in ("norm", "bias", "gather", "large", "experts", "records") if getattr(self, word)]
+        parts += [word for word in ("norm", "bias", "gather", "large", "experts", "records", "wide") if getattr(self, word)]
         parts += [self.epilogue] + ([f"{self.rope_pairing}{self.head_dim}"] if self.of_heads else [])
         parts += [f"g{self.side_by_side}"] if self.side_by_side > 1 else []
         parts += [f"scale{self.scale:.9g}"] if self.scale != 1.0 else []
@@ -172,9 +186,9 @@ def bindings(spec: MatmulSpec) -> dict[str, Binding]:
     if spec.epilogue == "qkv":
         found |= {"q": write(f32), "k": write(f16), "v": write(f16), "rope": bulk(f32x4), "params": read(u32)}
     else:
-        number = f32x4 if spec.records and spec.epilogue == "residual" else f32
-        found |= {"y": readwrite(number) if spec.epilogue == "residual" else write(number)}
-        found |= {"y_record": write(u32)} if spec.records else {}
+        access = readwrite if spec.epilogue == "residual" else write
+        found |= {"y": access(f32.with_count(spec.neighbours))}
+        found |= {"y_record": write(u32x2)} if spec.records else {}
         found |= {"y_norm_w": texel(f32x4), "y_squares": write(f32)} if spec.records and spec.epilogue == "residual" else {}
         found |= {"params": read(u32)} if spec.gather else {}
         found |= {"ids": read(u32)} if spec.experts else {}

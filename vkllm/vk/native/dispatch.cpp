@@ -143,6 +143,17 @@ FeatureChain::has_extension(const std::string& name) const
     return std::find(available.begin(), available.end(), name) != available.end();
 }
 
+// Whether this CPU multiplies vectors of 64-bit integers in one instruction, so that a driver's kernels may count on it.
+static bool
+multiplies_int64()
+{
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512dq");
+#else
+    return false;
+#endif
+}
+
 std::vector<std::string>
 feature_words(VkPhysicalDevice device, const FeatureChain& c)
 {
@@ -165,6 +176,7 @@ feature_words(VkPhysicalDevice device, const FeatureChain& c)
     word("storage8", c.storage8.storageBuffer8BitAccess);
     word("int16", c.core.features.shaderInt16);
     word("int64", c.core.features.shaderInt64);
+    word("int64_vectors", c.core.features.shaderInt64 && properties.properties.deviceType == VK_PHYSICAL_DEVICE_TYPE_CPU && multiplies_int64());
     word("dot8", c.dot.shaderIntegerDotProduct);
     word("dot8_accelerated", dot.integerDotProduct4x8BitPackedSignedAccelerated);
     word("subgroup_arith", compute && (subgroup.supportedOperations & VK_SUBGROUP_FEATURE_ARITHMETIC_BIT));
