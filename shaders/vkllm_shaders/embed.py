@@ -88,11 +88,21 @@ def embed_codes(fmt: str, scale: float = 1.0, records: bool = False) -> Kernel:
         chunk, step = at // coded.steps, at % coded.steps
         base = (token // layout.group_rows * push["n_chunk"] + chunk) * (coded.n_texel * LANES) + lane
         first = base + (step * coded.n_body + coded.n_head) * LANES
+
+        def head(j: int) -> Value:
+            if not coded.carries:
+                return w[base + j * LANES]
+            tails = [w[base + (i * coded.n_body) * LANES] for i in range(2)]  # of the chunk's first two steps
+            return b.vec(*(tail[i] for tail in tails for i in (2, 3)))
+
+        def body_texel(j: int) -> Value:
+            return w[first + coded.place(j) * LANES]
+
         with b.when(at < push["n_group"]):
             values = [b.var(f32, 0.0) for _ in order]  # in the order of codes
             for r in range(layout.rows):
                 with b.when(row == r):
-                    weights = CodedWeights(coded, b, lambda j: w[base + j * LANES], lambda j: w[first + j * LANES], step)
+                    weights = CodedWeights(coded, b, head, body_texel, step)
                     for index, value in enumerate(values):
                         value.set(_weight_of_code(weights, r, index) * scale)
             by_place = {place: value.get() for place, value in zip(order, values, strict=True)}

@@ -29,8 +29,12 @@ def pack_codes(coded: Coded, rows: U8, n_col: int, out: U8) -> None:
     units = scratch("units", (2 * coded.n_texel, *outer))
     units.fill(0)
     head, body = units[: 2 * coded.n_head], units[2 * coded.n_head :].reshape(coded.steps, 2 * coded.n_body, *outer)
-    _put_codes(coded, found.codes, body)
-    _put_scales(coded, found, head, body)
+    if coded.carries:
+        _put_codes(coded, found.codes, body[:, 2:])
+        _put_carried(found, body, n_chunk)
+    else:
+        _put_codes(coded, found.codes, body)
+        _put_scales(coded, found, head, body)
     texels = out.view(np.uint64).reshape(g, n_chunk, coded.n_texel, PAIR_LANES, 2)
     for i in range(2):
         texels[..., i] = units[i::2].reshape(-1, PAIR_LANES, g, n_chunk).transpose(2, 3, 0, 1)
@@ -105,6 +109,19 @@ def _put_scales(coded: Coded, found: Unpacked, head: U64, body: U64) -> None:
     assert found.minimums is not None
     for half in range(2):
         steps[half::2] = _row_bytes(found.scales, half) | _row_bytes(found.minimums, half) << 32
+
+
+def _put_carried(found: Unpacked, body: U64, n_chunk: int) -> None:
+    """The tails, in front of a step's codes: bytes, then factors. body [step, unit, lane, chunk], n_chunk of them a row."""
+    assert found.minimum is not None and found.scales is not None and found.minimums is not None
+    for odd in range(2):
+        body[odd::2, 0] = _row_bytes(found.scales, odd) | _row_bytes(found.minimums, odd) << 32
+    factors = scratch("factors", (2, *body.shape[2:]))
+    _rows_apart(np.stack([found.d[0], found.minimum[0]]), factors)
+    body[::2, 1], body[1:-1:2, 1] = factors
+    last = body[-1, 1].reshape(PAIR_LANES, -1, n_chunk)
+    following = factors[1].reshape(last.shape)
+    last[..., :-1], last[..., -1] = following[..., 1:], following[..., 0]
 
 
 def _rows_apart(planes: U64, units: U64) -> None:

@@ -44,6 +44,11 @@ class Coded:
     they are followed by the minimums), or of K-quants "bytes" or "tail_bytes": d (and what scales the minimums) as f16 in the
     first head texel, and for each step two words with a byte a row, in the head behind it or in the body. The words are scales
     and minimums, or where 16 weights share a scale those of either half; `signed` bytes, or with `nibbles` scale and minimum.
+
+    "carried_bytes" has no head, so that a kernel reads on in one loop: the tail, here a texel *in front* of the codes, has the two
+    words of bytes and then in even steps the factors of rows 0 and 1, in odd ones those of rows 2 and 3. These are of the chunk
+    of the step that follows (of a row's last step: of its first), so that each two steps know all four from the first one's tail
+    and from the one before.
     """
 
     name: str
@@ -73,14 +78,15 @@ class Coded:
 
     @property
     def n_tail(self) -> int:
-        return 2 if self.scales.startswith("tail") else 0
+        """Words of a step beside its codes."""
+        return {"tail": 2, "tail_bytes": 2, "carried_bytes": 4}.get(self.scales, 0)
 
     @property
     def n_head(self) -> int:
         """Head texels a chunk."""
         if self.scales == "head":
             return self.steps // 2 * (1 + self.minimum)
-        return {"tail": 0, "tail_bytes": 1, "bytes": 5}[self.scales]
+        return {"tail": 0, "tail_bytes": 1, "bytes": 5, "carried_bytes": 0}[self.scales]
 
     @property
     def n_body(self) -> int:
@@ -91,6 +97,15 @@ class Coded:
     def n_texel(self) -> int:
         """Texels a lane and chunk."""
         return self.n_head + self.steps * self.n_body
+
+    @property
+    def carries(self) -> bool:
+        """Do factors come from the step before, too?"""
+        return self.scales == "carried_bytes"
+
+    def place(self, texel: int) -> int:
+        """Where in a step a texel of its words lies."""
+        return (texel + 1) % self.n_body if self.carries else texel
 
     def n_chunk(self, n_col: int) -> int:
         """Chunks of a row. Steps that lie wholly past its end hold zeros and need not be walked."""
@@ -117,7 +132,7 @@ CODED: dict[str, Coded] = {
         Coded("Q8_0", 8, 128),
         Coded("Q2_K", 2, 0, 16, steps=8, minimum=True, scales="bytes", nibbles=True),
         Coded("Q3_K", 3, 4, 16, steps=8, scales="tail_bytes", signed=True),
-        Coded("Q4_K", 4, 0, steps=8, minimum=True, scales="bytes"),
+        Coded("Q4_K", 4, 0, steps=8, minimum=True, scales="carried_bytes"),
         Coded("Q5_K", 5, 0, steps=8, minimum=True, scales="tail_bytes"),
         Coded("Q6_K", 6, 32, 16, steps=8, scales="bytes", signed=True),
     )
@@ -207,7 +222,7 @@ class CodedWeights(Texels):
     def _byte(self, r: int, sub: int, which: int) -> Value:
         """i32: the 8 bits of a row's group: its scale (0) or its minimum (1)."""
         c, i = self.coded, which if self.coded.group == STEP_COLUMNS else sub
-        if c.scales == "tail_bytes":
+        if c.scales in ("tail_bytes", "carried_bytes"):
             word = self.body(2 * c.pair_words + i)
         else:
             texel = self.keep("bytes", lambda: self._head((self.step >> 1) + 1))

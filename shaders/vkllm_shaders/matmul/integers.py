@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 from functools import partial
 
-from vkllm_codegen import Block, Buffer, Value, f32, i32, i64, u32x2, u64
+from vkllm_codegen import Block, Buffer, Value, f32, i32, i64, u32, u32x2, u64
 from vkllm_shaders.formats import FIELDS, STEP_COLUMNS, Coded, CodedWeights, code_order, coded_of
 from vkllm_shaders.formats.base import Load
 from vkllm_shaders.matmul.body import Body
@@ -36,6 +36,9 @@ class IntegerBody(Body):
     def walk(self) -> None:
         """A loop over the steps; or over chunks and their steps, so that a long head is loaded once."""
         b, c, push = self.b, self.coded, self.push
+        if c.carries:
+            self._walk_carrying()
+            return
         last = push["n_group"] - 1
         starts = [self.of_expert(b.min(group, last)) * push["n_chunk"] for group in self.groups]
 
@@ -55,6 +58,35 @@ class IntegerBody(Body):
             with b.range(0, b.min(n_step - first, c.steps)) as step:
                 weights = [self._weights(base, step, partial(self._chosen, head)) for base, head in heads]
                 self._multiply(weights, Records(self, first + step))
+
+    def _walk_carrying(self) -> None:
+        """A loop over the steps, in which factors of two rows come from the step before (Coded.scales)."""
+        b, c, push = self.b, self.coded, self.push
+        row_texels, last = push["n_chunk"] * (c.n_texel * LANES), push["n_group"] - 1
+        starts = [self.of_expert(b.min(group, last)) * row_texels + self.lane for group in self.groups]
+        carried = []
+        for start in starts:
+            tail = self.bufs["w"][start + row_texels - c.n_body * LANES]  # of the last step
+            carried.append([b.var(u32, 0), b.var(u32, 0), b.var(u32, tail[2]), b.var(u32, tail[3])])
+        with b.range(0, b.min(push["x_stride"], push["n_chunk"] * c.steps)) as step:
+            odd = (step & 1) == 1
+            weights = []
+            for start, held in zip(starts, carried, strict=True):
+                base = start + step * (c.n_body * LANES)
+                tail = self.bufs["w"][base]
+                before = [var.get() for var in held]
+                factors = [b.select(odd, before[i], tail[2 + i]) for i in range(2)] + before[2:]
+                for i in range(2):
+                    held[i].set(factors[i])
+                    held[2 + i].set(b.select(odd, tail[2 + i], before[2 + i]))
+                loads = partial(self._beside_tail, base, tail)
+                weights.append(CodedWeights(c, b, lambda _, factors=factors: b.vec(*factors), loads, step))
+            self._multiply(weights, Records(self, step))
+
+    def _beside_tail(self, base: Value, tail: Value, j: int) -> Value:
+        """A texel of a step whose tail is there already."""
+        place = self.coded.place(j)
+        return self._texel(base, place) if place else tail
 
     def _texel(self, base: Value, j: Value | int) -> Value:
         return self.bufs["w"][base + j * LANES]
