@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from vkllm.chain import Rows, Span
 from vkllm.config import ModelConfig, RuntimeConfig
@@ -80,8 +79,7 @@ def benchmark(model: str, runtime: RuntimeConfig, n_prompt: int, n_generate: int
     )
     started = time.perf_counter()
     with LLMEngine.init_model(model, runtime) as engine:
-        rng = np.random.default_rng(1)
-        prompt = [int(i) for i in rng.integers(0, engine.config.n_vocab, max(n_prompt, 1))]
+        prompt = random.Random(1).choices(range(engine.config.n_vocab), k=max(n_prompt, 1))
         engine.prefill(prompt[:1])
         ttft_s = time.perf_counter() - started
         wall, (busy0, own0) = time.perf_counter(), cpu_ticks()
@@ -140,7 +138,7 @@ def _by_depth(engine: LLMEngine, depth: int, turns: int) -> tuple[float, float, 
     """Tokens per second of a prefill of `depth` tokens, of decode after SHALLOW and of decode after `depth` tokens: of the
     median step. The two depths take turns of TURN steps, so that what else the machine does hits both."""
     chunk, n = engine.chain.prefill_chunk, max(depth, SHALLOW)
-    ids = [int(i) for i in np.random.default_rng(2).integers(0, engine.config.n_vocab, n)]
+    ids = random.Random(2).choices(range(engine.config.n_vocab), k=n)
     times: dict[int, list[float]] = {SHALLOW: [], depth: []}
     with engine.scratch_sequence(n + TURN) as table:
         started = time.perf_counter()

@@ -432,9 +432,11 @@ class Lowering:
         records: bool = False,
     ) -> MatmulSpec:
         experts, layout = isinstance(op, ExpertLinear), matrix.layout
-        tile, n_group = self._choices.tile_of(layout, n_row), layout.n_group(self._n_packed(matrix))
+        n_group, n_alike = layout.n_group(self._n_packed(matrix)), n_row  # rows of y that the same weights make
         if experts:
-            tile = self._expert_tiles.tile if self._tiles_experts(n_row) else 1
+            n_alike = self._expert_tiles.tile if self._tiles_experts(n_row) else 1
+        wide = multiplies_wide(matrix.fmt, layout, n_alike, self._limits)
+        tile = n_alike if experts else self._choices.tile_of(layout, n_row, wide)
         of_heads = epilogue in ("qkv", "pairs")
         return MatmulSpec(
             fmt=matrix.fmt,
@@ -448,7 +450,7 @@ class Lowering:
             gather=gather,
             large=self._large(matrix),
             side_by_side=self._choices.groups_of(matrix.fmt, layout, tile, n_group, 2 if records and epilogue == "swiglu" else 1),
-            wide=multiplies_wide(matrix.fmt, layout, tile, self._limits),
+            wide=wide,
             records=records,
             scale=op.scale if isinstance(op, Linear) else 1.0,
             softcap=op.softcap if isinstance(op, Linear) else 0.0,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -102,7 +103,11 @@ class Sampler:
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
-        self._rng = np.random.Generator(np.random.PCG64(params.seed))
+
+    @cached_property
+    def _rng(self) -> np.random.Generator:
+        """Made when it is first asked for: greedy sampling does without, and without importing numpy.random."""
+        return np.random.Generator(np.random.PCG64(self.params.seed))
 
     @property
     def is_greedy(self) -> bool:

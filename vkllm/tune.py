@@ -135,9 +135,9 @@ def product_spec(fmt: str, choices: Choices, n_row: int, n_token: int, lane_row:
     integers = choices.activations == "int8" and bool(FORMATS[fmt].n_sub)
     layout = choices.layout(fmt, lane_row, lanes, integers)
     integers = integers and layout.kind != "lane_row"
-    tile = choices.tile_of(layout, n_token)
+    wide = multiplies_wide(fmt, layout, n_token, limits)
+    tile = choices.tile_of(layout, n_token, wide)
     together = choices.groups_of(fmt, layout, tile, layout.n_group(n_row))
-    wide = multiplies_wide(fmt, layout, tile, limits)
     activations: Literal["f32", "int8"] = "int8" if integers else "f32"
     return MatmulSpec(fmt, layout, tile, activations=activations, side_by_side=together, wide=wide, subgroup=lanes)
 

@@ -69,9 +69,10 @@ class Choices:
             return Layout("lane_chunk", 1, self.rows)
         return Layout("lane_pair") if integers and fmt in CODED and lanes == LANES else Layout("lane_row", lanes, self.rows)
 
-    def tile_of(self, layout: Layout, n_row: int) -> int:
-        """Tokens a workgroup of a matrix product, for a bucket of rows: a power of two."""
-        best = min(self.tile, MAX_FLOAT_TILE) if layout.kind == "lane_row" else self.tile
+    def tile_of(self, layout: Layout, n_row: int, wide: bool = False) -> int:
+        """Tokens a workgroup of a matrix product, for a bucket of rows: a power of two. Wide products are so much shorter that
+        twice the tokens still fit the instruction caches."""
+        best = min(self.tile, MAX_FLOAT_TILE) if layout.kind == "lane_row" else min(16, 2 * self.tile) if wide else self.tile
         return min(best, 1 << (n_row - 1).bit_length()) if layout.kind == "lane_pair" or n_row <= 2 else best
 
     def groups_of(self, fmt: str, layout: Layout, tile: int, n_group: int, at_least: int = 1) -> int:
@@ -85,9 +86,9 @@ class Choices:
         return min(counts, key=lambda n: -(-n_group // (n * driver_threads())) * n * COST_OF_GROUPS[n])
 
 
-def multiplies_wide(fmt: str, layout: Layout, tile: int, limits: DeviceLimits) -> bool:
+def multiplies_wide(fmt: str, layout: Layout, n_row: int, limits: DeviceLimits) -> bool:
     """Do integer products take four rows at once? In tiles, where vectors of 64 bits cost no more than twice those of 32."""
-    return layout.kind == "lane_pair" and tile > 1 and CODED[fmt].fits_wide and "int64_vectors" in limits.features
+    return layout.kind == "lane_pair" and n_row > 1 and CODED[fmt].fits_wide and "int64_vectors" in limits.features
 
 
 ALLOWED: dict[str, tuple[object, ...]] = {

@@ -58,7 +58,7 @@ def unpack(fmt: str, packed: np.ndarray, n_row: int, n_col: int) -> np.ndarray:
     out = np.zeros((groups, PAIR.rows, s, c * coded.chunk), np.float32)
     lane = np.arange(s)
     order = code_order(coded.group)
-    tails = texels[:, :, :: coded.n_body]
+    tails, factors = texels[:, :, :: coded.n_body], texels[:, :, 0]
     for step in range(coded.steps):
         if coded.carries:  # from the even step of two, and from the odd one before it; of the first two from the row's last
             late = tails[:, :, step - step % 2 - 1] if step > 1 else np.roll(tails[:, :, -1], 1, axis=1)
@@ -68,7 +68,7 @@ def unpack(fmt: str, packed: np.ndarray, n_row: int, n_col: int) -> np.ndarray:
             w = CodedWeights(
                 coded,
                 Selecting(),  # type: ignore[arg-type]
-                lambda j: Number(factors if coded.carries else texels[:, :, j]),  # type: ignore[arg-type, return-value]
+                lambda j, head=factors: Number(head if coded.carries else texels[:, :, j]),  # type: ignore[misc]
                 lambda j, body=body: Number(body[:, :, coded.place(j)]),  # type: ignore[misc]
                 Step(np.uint32(step)) if dynamic else step,  # type: ignore[arg-type]
             )

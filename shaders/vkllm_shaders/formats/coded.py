@@ -45,7 +45,7 @@ class Coded:
     first head texel, and for each step two words with a byte a row, in the head behind it or in the body. The words are scales
     and minimums, or where 16 weights share a scale those of either half; `signed` bytes, or with `nibbles` scale and minimum.
 
-    "carried_bytes" has no head, so that a kernel reads on in one loop: the tail, here a texel *in front* of the codes, has the two
+    "carried_bytes" has no head, so that a kernel reads on in one loop: the tail, here a texel *in front* of the codes, has the
     words of bytes and then in even steps the factors of rows 0 and 1, in odd ones those of rows 2 and 3. These are of the chunk
     of the step that follows (of a row's last step: of its first), so that each two steps know all four from the first one's tail
     and from the one before.

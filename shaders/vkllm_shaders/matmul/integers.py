@@ -79,8 +79,8 @@ class IntegerBody(Body):
                 for i in range(2):
                     held[i].set(factors[i])
                     held[2 + i].set(b.select(odd, tail[2 + i], before[2 + i]))
-                loads = partial(self._beside_tail, base, tail)
-                weights.append(CodedWeights(c, b, lambda _, factors=factors: b.vec(*factors), loads, step))
+                body = partial(self._beside_tail, base, tail)
+                weights.append(CodedWeights(c, b, partial(_known, b.vec(*factors)), body, step))
             self._multiply(weights, Records(self, step))
 
     def _beside_tail(self, base: Value, tail: Value, j: int) -> Value:
@@ -199,6 +199,10 @@ class IntegerBody(Body):
             words = [(p + more).bitcast(u32x2)[i] for p in packed for i in range(2)]
             sums.append([v.bitcast(i32) - 0x8000 for word in words for v in (word & 0xFFFF, word >> 16)])
         return sums
+
+
+def _known(texel: Value, _: Value | int) -> Value:
+    return texel
 
 
 def as_wide(v: Value) -> Value:
