@@ -102,8 +102,8 @@ def device(kind: DeviceKind, subgroup: int, shared: int, coop: bool = False, wid
 
 
 DEVICES = (
-    device("cpu", 8, 32 << 10, wide=True),  # lavapipe with AVX-512
-    device("cpu", 8, 32 << 10),  # with AVX2
+    device("cpu", 8, 32 << 10, wide=True),  # lavapipe on AMD's CPUs with AVX-512
+    device("cpu", 8, 32 << 10),  # on others
     device("discrete", 32, 48 << 10, coop=True),  # NVIDIA
     device("discrete", 64, 64 << 10),  # AMD
 )

@@ -143,12 +143,13 @@ FeatureChain::has_extension(const std::string& name) const
     return std::find(available.begin(), available.end(), name) != available.end();
 }
 
-// Whether this CPU multiplies vectors of 64-bit integers in one instruction, so that a driver's kernels may count on it.
+// Whether this CPU multiplies vectors of 64-bit integers as quickly as two of 32-bit ones: AMD's from Zen 4 on. Intel's take three
+// steps for it (source: uops.info), and LLVM halves their vectors besides.
 static bool
 multiplies_int64()
 {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512dq");
+    return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512dq");
 #else
     return false;
 #endif
