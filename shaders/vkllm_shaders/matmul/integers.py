@@ -3,8 +3,8 @@
 p = high * 2**16 + low is a sum of products of both rows; it is read off before low leaves 16 bits. Codes are counted from the
 middle of their range, where they stay small longest.
 
-Where the processor multiplies 64 bits as quickly (AMD's AVX-512), tiles may take four rows at once (MatmulSpec.wide). The pipes have no
-less to do, but the instructions of a step are a fifth less: on a core whose other thread is busy too that decides.
+Where the processor multiplies 64 bits as quickly (AMD's AVX-512), tiles may take four rows at once (MatmulSpec.wide). The pipes
+have no less to do, but the instructions of a step are a fifth less: on a core whose other thread is busy too that decides.
 """
 
 from __future__ import annotations
