@@ -65,8 +65,9 @@ class IntegerBody(Body):
         row_texels, last = push["n_chunk"] * (c.n_texel * LANES), push["n_group"] - 1
         starts = [self.of_expert(b.min(group, last)) * row_texels + self.lane for group in self.groups]
         carried = []
+        to_last = b.max(row_texels, c.n_body * LANES) - c.n_body * LANES  # step; a tile without an expert has none
         for start in starts:
-            tail = self.bufs["w"][start + row_texels - c.n_body * LANES]  # of the last step
+            tail = self.bufs["w"][start + to_last]
             carried.append([b.var(u32, 0), b.var(u32, 0), b.var(u32, tail[2]), b.var(u32, tail[3])])
         with b.range(0, b.min(push["x_stride"], push["n_chunk"] * c.steps)) as step:
             odd = (step & 1) == 1
