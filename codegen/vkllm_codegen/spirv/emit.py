@@ -373,6 +373,7 @@ def _wide(dtype: DType, bits: int) -> DType:
     base = {("float", 32): f32, ("uint", 32): u32, ("uint", 64): u64, ("int", 64): i64}.get((dtype.kind, bits), i32)
     return base.with_count(dtype.count)
 
+
 Handler = Callable[[_Function, Op], int | None]
 HANDLERS: dict[OpCode, Handler] = {
     OpCode.CAST: _Function.cast,

@@ -106,16 +106,20 @@ def _put_scales(coded: Coded, found: Unpacked, head: U64, body: U64) -> None:
         scales[:, 4:] = moved(late, 8, LOW_BYTES << 8) | moved(late, -8, LOW_BYTES)
         steps[...] = _row_bytes(scales, 0) | _row_bytes(scales, 1) << 32
         return
-    assert found.minimums is not None
+    _put_bytes(found, steps)
+
+
+def _put_bytes(found: Unpacked, steps: U64) -> None:
+    """The bytes of scales and minimums, a unit a step. steps [step, lane, chunk]."""
+    assert found.scales is not None and found.minimums is not None
     for half in range(2):
         steps[half::2] = _row_bytes(found.scales, half) | _row_bytes(found.minimums, half) << 32
 
 
 def _put_carried(found: Unpacked, body: U64, n_chunk: int) -> None:
     """The tails, in front of a step's codes: bytes, then factors. body [step, unit, lane, chunk], n_chunk of them a row."""
-    assert found.minimum is not None and found.scales is not None and found.minimums is not None
-    for odd in range(2):
-        body[odd::2, 0] = _row_bytes(found.scales, odd) | _row_bytes(found.minimums, odd) << 32
+    assert found.minimum is not None
+    _put_bytes(found, body[:, 0])
     factors = scratch("factors", (2, *body.shape[2:]))
     _rows_apart(np.stack([found.d[0], found.minimum[0]]), factors)
     body[::2, 1], body[1:-1:2, 1] = factors
