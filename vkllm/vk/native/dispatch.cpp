@@ -144,7 +144,7 @@ FeatureChain::has_extension(const std::string& name) const
 }
 
 // Whether this CPU multiplies vectors of 64-bit integers as quickly as two of 32-bit ones: AMD's from Zen 4 on. Intel's take three
-// steps for it (source: uops.info), and LLVM halves their vectors besides.
+// steps for it (source: the scheduling models of LLVM 15).
 static bool
 multiplies_int64()
 {
